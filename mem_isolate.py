@@ -1,0 +1,1064 @@
+"""Run a function in a forked child, and return its result as if it had been called directly.
+
+    from mem_isolate import execute_in_isolated_process
+
+    result = execute_in_isolated_process(parse, "untrusted.bin")
+
+Whatever the function does to memory (leaks, fragments, corrupts, crashes) happens to the child and is gone with it.
+The function and its arguments are never pickled, since the child is a copy of the process; only what it returns or
+raises is, and comes back through shared memory. One file, standard library only, CPython 3.8 or newer on POSIX:
+copy it into your project. ``python3 mem_isolate.py`` shows on your own machine what it does.
+
+The file reads from top to bottom: errors, libc, the call and what it holds, the child, the parent, the public face.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import errno
+import fcntl
+import functools
+import gc
+import io
+import itertools
+import logging
+import math
+import mmap
+import numbers
+import operator
+import os
+import pickle
+import resource
+import select
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, Callable, Coroutine, Iterable, Iterator, NoReturn, TypeVar, overload
+
+if sys.platform == "win32":
+    raise ImportError("mem_isolate needs fork(2), which Windows does not have; run it under WSL or Linux")
+try:
+    import _imp  # the import lock
+    import ctypes
+    from ctypes import PyDLL, pythonapi
+except ImportError as error:
+    raise ImportError(f"mem_isolate needs CPython: it calls fork through ctypes.PyDLL, and here {error}") from error
+
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P")
+R = TypeVar("R")
+
+__version__ = "1.0.0"
+__all__ = [
+    "execute_in_isolated_process",
+    "execute_in_isolated_process_async",
+    "isolated",
+    "use_huge_pages",
+    "MemIsolateError",
+    "CallableDidNotExecuteError",
+    "RegionCreationError",
+    "ForkError",
+    "ChildSetupError",
+    "CallableExecutedError",
+    "SerializationError",
+    "DeserializationError",
+    "ResultDeliveryError",
+    "CallableStatusUnknownError",
+    "KilledBySignalError",
+    "UnexpectedExitStatusError",
+    "CallableTimeoutError",
+    "WaitError",
+]
+
+_logger = logging.getLogger("mem_isolate")
+
+
+# ---------------------------------------------------------------------------------------------------------- Errors
+# Three levels: the base; what became of the callable, which decides whether to retry; the step that failed.
+
+
+class MemIsolateError(Exception):
+    """The isolated call failed; ``__cause__`` is the exception underneath, where there is one.
+
+    What the callable itself raises is not wrapped in this: it is raised as it is.
+    """
+
+    #: The signal that ended the child (an ``int`` for a real-time signal), or None.
+    signal: signal.Signals | int | None = None
+    #: The status that the child ended with, or None.
+    exit_status: int | None = None
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(details)
+
+
+class CallableDidNotExecuteError(MemIsolateError):
+    """The callable did not start: it is safe to retry."""
+
+
+class RegionCreationError(CallableDidNotExecuteError):
+    """The memory for the result could not be made, for want of memory or descriptors."""
+
+
+class ForkError(CallableDidNotExecuteError):
+    """``fork`` failed, or forking here would be unsafe; the message says which."""
+
+
+class ChildSetupError(CallableDidNotExecuteError):
+    """The child ended before it reached the callable."""
+
+
+class CallableExecutedError(MemIsolateError):
+    """The callable ran to its end, but its outcome did not arrive: retry only what may run twice."""
+
+
+class SerializationError(CallableExecutedError):
+    """The result cannot be pickled; or the exception that the callable raised cannot, or does not unpickle."""
+
+
+class DeserializationError(CallableExecutedError):
+    """Rebuilding the result in the parent raised ``__cause__``."""
+
+
+class ResultDeliveryError(CallableExecutedError):
+    """The child ended, or could not write, after the callable had returned (``signal``, ``exit_status``)."""
+
+
+class CallableStatusUnknownError(MemIsolateError):
+    """The child ended while the callable was running: retry only what may run twice."""
+
+
+class KilledBySignalError(CallableStatusUnknownError):
+    """A signal ended the child while the callable was running: ``signal``."""
+
+
+class UnexpectedExitStatusError(CallableStatusUnknownError):
+    """The child ended by ``os._exit``, ``exec`` or the like while the callable was running: ``exit_status``."""
+
+
+class CallableTimeoutError(CallableStatusUnknownError, TimeoutError):
+    """The call did not end within ``timeout`` seconds; the child was killed."""
+
+    #: The limit, in seconds.
+    timeout: float | None = None
+
+
+class WaitError(CallableStatusUnknownError):
+    """How the child ended cannot be learnt, and no outcome arrived."""
+
+
+class _ChildTraceback(Exception):
+    """The ``__cause__`` of what the callable raised: the traceback as the child saw it."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+# ------------------------------------------------------------------------------------------------ libc and the C API
+# fork must keep the GIL (PyDLL): if another thread took it at the fork, the child would wait for it for ever.
+# waitpid must release it (CDLL), so that other threads run meanwhile.
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc_holding_gil = PyDLL(None, use_errno=True)
+_libc_fork = _libc_holding_gil.fork
+_libc_exit = _libc_holding_gil._exit
+_libc_waitpid = _libc.waitpid
+_libc_sigmask = _libc_holding_gil.pthread_sigmask
+_libc_prctl = getattr(_libc_holding_gil, "prctl", None)  # Linux has it
+_libc_fallocate = getattr(_libc, "fallocate", None)  # Linux has it
+_libc_mmap = _libc.mmap
+_libc_mmap.restype = ctypes.c_void_p
+_libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+
+_C_STREAMS = []
+for _name in ("stdout", "stderr", "__stdoutp", "__stderrp"):  # the latter two on macOS and FreeBSD
+    with contextlib.suppress(ValueError):
+        _C_STREAMS.append(ctypes.c_void_p.in_dll(_libc, _name))
+
+_PR_SET_PDEATHSIG = 1
+_MAP_FIXED = 16  # of the mmap function
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_F_ADD_SEALS = 1033  # in the fcntl module from 3.9 on
+_F_SEAL_EVERYTHING = 1 | 2 | 4 | 8  # seal, shrink, grow, write
+_SIG_BLOCK, _SIG_SETMASK = int(signal.SIG_BLOCK), int(signal.SIG_SETMASK)
+_EVERY_SIGNAL = ctypes.create_string_buffer(128)  # a sigset_t: 128 bytes in glibc and musl, fewer elsewhere
+_libc.sigfillset(_EVERY_SIGNAL)
+
+_pidfd_open = getattr(os, "pidfd_open", None)  # Linux 5.3, Python 3.9
+_pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)
+
+_get_interpreter = getattr(pythonapi, "PyInterpreterState_Get", None) or pythonapi._PyInterpreterState_Get  # 3.8
+_first_interpreter = pythonapi.PyInterpreterState_Head
+_next_interpreter = pythonapi.PyInterpreterState_Next
+_first_thread = pythonapi.PyInterpreterState_ThreadHead
+_next_thread = pythonapi.PyThreadState_Next
+_get_interpreter.restype = pythonapi.PyInterpreterState_Main.restype = _first_interpreter.restype = ctypes.c_void_p
+for _function in (_next_interpreter, _first_thread, _next_thread):
+    _function.argtypes, _function.restype = [ctypes.c_void_p], ctypes.c_void_p
+
+_MAIN_INTERPRETER = pythonapi.PyInterpreterState_Main()
+_IN_SUBINTERPRETER = _get_interpreter() != _MAIN_INTERPRETER
+_FREE_THREADED = "t" in sys.abiflags
+
+
+def _only_thread() -> int | None:
+    """The state of the interpreter's only thread; None if there are more, which C code may have made too."""
+    interpreter = _first_interpreter()
+    thread: int = _first_thread(interpreter)
+    return None if _next_interpreter(interpreter) or _next_thread(thread) else thread
+
+
+def _find_child_hooks() -> list[Any] | None:
+    """Find the interpreter's own list of hooks from ``os.register_at_fork(after_in_child=...)``.
+
+    ``PyOS_AfterFork_Child``, which repairs the interpreter in a child, runs these hooks too unless the list is empty.
+    """
+
+    def mark() -> None:
+        pass
+
+    os.register_at_fork(after_in_child=mark)
+    if gc.get_freeze_count():  # get_referrers does not look among frozen objects
+        gc.unfreeze()
+        holders = gc.get_referrers(mark)
+        gc.freeze()
+    else:
+        holders = gc.get_referrers(mark)
+    for holder in holders:
+        if type(holder) is list:
+            holder.remove(mark)
+            return holder
+    return None
+
+
+_child_hooks = _find_child_hooks()
+
+
+def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a C function and append what it returns, in one step of C: no signal handler can raise in between.
+
+    Signals are blocked where this is used, but another thread may take one, and its handler runs in the main thread.
+    """
+    results.extend(itertools.starmap(function, (arguments,)))
+
+
+def _drain(items: list[Any], function: Callable[[Any], None]) -> None:
+    """Take each item out and give it to a C function, likewise in one step."""
+    with contextlib.suppress(IndexError):  # pop's, when the list is empty
+        any(map(function, iter(items.pop, None)))
+
+
+def _flush(*streams: Any) -> None:
+    """Flush streams of Python, and C's stdout and stderr; one that is closed or broken breaks nothing."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except Exception:
+            pass
+    for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
+        _libc.fflush(pointer)
+
+
+# ---------------------------------------------------------------------------------------------------------- The call
+# Child and parent share two things. The region is an anonymous shared mapping: progress, a header, and results that
+# fit. It works without a descriptor, and small as it is, little of it is in the way of a callable's wild pointers. The
+# bulk is a file in memory for all that does not fit; nobody has it mapped while the callable runs.
+
+_HEADER = struct.Struct("=8sIIQ?")  # progress, kind of outcome, number of buffers, length of the stream, in the bulk?
+_REGION_SIZE = 64 * 1024  # only the pages that are used cost anything
+_START, _pack_header = _HEADER.size, _HEADER.pack_into
+_PAGE = mmap.PAGESIZE
+_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth mapping or reading on its own
+
+# How far the child came. Words, not small numbers, so that a stray write is not taken for one of them.
+_NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = b"notstart", b"running!", b"returned", b"delivers"
+# What the child delivers.
+_RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
+
+_LONGEST_WAIT = 1.0  # seconds; see _Call.wait
+_getpid, _getppid, _freeze, _set_wakeup_fd = os.getpid, os.getppid, gc.freeze, signal.set_wakeup_fd
+_gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
+_getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
+_acquire_soon = operator.methodcaller("acquire", True, 0.05)
+_release = operator.methodcaller("release")
+_LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))
+
+
+class _Call:
+    """One isolated call, and everything that it holds until ``end`` gives it back, however the call went."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        timeout: float | None = None,
+        memory_limit: int | None = None,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"expected a callable, not {type(function).__name__}")
+        self.function = function
+        self.timeout = timeout
+        self.memory_limit = memory_limit
+        self.started = time.monotonic()
+        self.parent = os.getpid()
+        self.recursion_limit = _getrecursionlimit()
+        self.mask = ctypes.create_string_buffer(128)
+        _libc_sigmask(_SIG_BLOCK, None, self.mask)
+        # Lists of at most one, for _keep and _drain:
+        self.pids: list[int] = []  # 0 in the child
+        self.bulk: list[int] = []  # the descriptor
+        self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
+        self.import_lock: list[None] = []
+        self.logging_locks: list[Any] = []
+        self.region: mmap.mmap | None = None
+        self.threaded = False
+        self.gone = False
+        self.expired = False
+        self.status = ctypes.c_int(-1)  # of waitpid
+        self.wait_error: OSError | None = None
+        self.received = 0
+
+    # -- starting
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
+        """Fork; the child calls the function (or ``run``), and does not return from here."""
+        self.only_thread = _only_thread()
+        self.threaded = self.only_thread is None
+        if _IN_SUBINTERPRETER:
+            raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
+        if self.threaded and (_FREE_THREADED or _child_hooks is None):
+            reason = "a free-threaded Python" if _FREE_THREADED else "this interpreter"
+            raise ForkError(f"{reason} cannot be forked safely while it has more than one thread; call before the others start")
+        _flush(sys.stdout, sys.stderr)  # or the child would print again what waits in them
+        if self.threaded:
+            self.hold_logging()
+        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
+        try:
+            self.region = mmap.mmap(-1, _REGION_SIZE)
+            self.region[:8] = _NOT_STARTED
+            _make_bulk(self.bulk)
+            self.bulk_identity = os.fstat(self.bulk[0])
+            self.sink = _Sink(self)
+            self.dump = pickle.Pickler(self.sink, 5, buffer_callback=self.sink.keep_out_of_band).dump
+        except (OSError, MemoryError) as error:
+            raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
+        if self.threaded:
+            _keep(self.import_lock, _imp.acquire_lock)  # PyOS_AfterFork_Child expects it held, and releases it
+        fork = itertools.starmap(_libc_fork, ((),))
+        self.pids.extend(fork)  # as _keep does, but the child need not come back out of it
+        if self.pids[0] == 0:
+            _be_the_child(self, run or self.function, args, kwargs)
+        code = ctypes.get_errno()
+        self.release_locks()
+        if self.pids[0] < 0:
+            cause = OSError(code, os.strerror(code))
+            raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
+        _watch_end(self.pids[0], self.watch)
+        _libc_sigmask(_SIG_SETMASK, self.mask, None)
+
+    def hold_logging(self) -> None:
+        """Take the lock of logging and of every handler, so that no thread is in the middle of a record at the fork.
+
+        Threads may hold one while they wait for another, and a handler may be stuck: so all are given back and tried
+        again when one is not to be had soon, and in the end it goes without (as bpo-36533 taught CPython itself).
+        """
+        handlers = [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
+        locks = [logging._lock, *(getattr(handler, "lock", None) for handler in handlers)]  # type: ignore[attr-defined]
+        locks = [lock for lock in locks if isinstance(lock, _LOCK_TYPES)]
+        for _ in range(4):
+            _drain(self.logging_locks, _release)
+            self.logging_locks.extend(filter(_acquire_soon, locks))
+            if len(self.logging_locks) == len(locks):
+                break
+
+    def release_locks(self) -> None:
+        if self.import_lock:
+            with contextlib.suppress(RuntimeError):  # not held: an earlier try at this was interrupted
+                _imp.release_lock()
+            self.import_lock.clear()
+        _drain(self.logging_locks, _release)
+
+    # -- waiting
+
+    def wait(self) -> None:
+        """Wait until the child is gone; at the deadline, kill it."""
+        # A signal that comes just before poll sleeps does not wake it, and its handler, which may raise, runs in the
+        # main thread: so there it never sleeps for long.
+        longest = _LONGEST_WAIT if threading.current_thread() is threading.main_thread() else 86400.0
+        for nap in _naps():
+            remaining = self.remaining()
+            if self.watch:
+                poller = select.poll()
+                poller.register(self.watch[0], select.POLLIN)
+                poller.poll(min(remaining, longest) * 1000)
+            elif self.timeout is None:
+                self.reap()
+            else:
+                time.sleep(min(remaining, nap))
+            if self.over(remaining):
+                return
+
+    async def wait_async(self) -> None:
+        """Wait likewise, while the event loop goes on."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        for nap in _naps():
+            remaining = self.remaining()
+            if self.watch:
+                ended = loop.create_future()
+                loop.add_reader(self.watch[0], lambda: ended.done() or ended.set_result(None))
+                try:
+                    await asyncio.wait([ended], timeout=min(remaining, 86400.0))
+                finally:
+                    loop.remove_reader(self.watch[0])
+            else:
+                await asyncio.sleep(min(remaining, nap))
+            if self.over(remaining):
+                return
+
+    def remaining(self) -> float:
+        """Seconds to the deadline, never below 0."""
+        return math.inf if self.timeout is None else max(self.started + self.timeout - time.monotonic(), 0.0)
+
+    def over(self, remaining: float) -> bool:
+        """Whether the child is gone, killed if it must."""
+        if remaining == 0 and not self.reap(os.WNOHANG):
+            self.expired = True
+            self.kill()
+        return self.reap(os.WNOHANG)
+
+    def reap(self, options: int = 0) -> bool:
+        """Wait for the child, or look with ``os.WNOHANG``; whether it is gone."""
+        while not self.gone:
+            pid = _libc_waitpid(self.pids[0], ctypes.byref(self.status), options)
+            if pid == 0:
+                return False
+            if pid < 0:
+                code = ctypes.get_errno()
+                if code == errno.EINTR:
+                    continue
+                # ECHILD: somebody else reaped it, or SIGCHLD is ignored.
+                self.wait_error = OSError(code, os.strerror(code))
+            self.gone = True
+        return True
+
+    def kill(self) -> None:
+        if not self.reap(os.WNOHANG):
+            with contextlib.suppress(ProcessLookupError):
+                if self.watch and _pidfd_send_signal:  # cannot hit a process that got the pid after somebody reaped ours
+                    _pidfd_send_signal(self.watch[0], signal.SIGKILL)
+                else:
+                    os.kill(self.pids[0], signal.SIGKILL)
+            self.reap()
+
+    # -- giving back
+
+    def end(self) -> None:
+        """Give back all that is still held. What an exception of a signal handler cuts short, a second call goes on with."""
+        if self.pids and self.pids[0] == 0:
+            _libc_exit(1)  # the child never returns into the caller's code
+        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
+        self.release_locks()
+        if self.pids and self.pids[0] > 0:
+            self.kill()
+        _drain(self.watch, os.close)
+        _drain(self.bulk, os.close)
+        if self.region is not None:
+            self.region.close()
+        _libc_sigmask(_SIG_SETMASK, self.mask, None)
+
+
+def _make_bulk(descriptors: list[int]) -> None:
+    if hasattr(os, "memfd_create"):
+        with contextlib.suppress(OSError):  # not in this kernel or sandbox; without descriptors the next fails too
+            return _keep(descriptors, os.memfd_create, "mem_isolate", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:  # has no name any more
+        _keep(descriptors, os.dup, file.fileno())
+
+
+def _watch_end(pid: int, descriptors: list[int]) -> None:
+    """Add a descriptor that becomes readable when the process ends, where the system has such a thing."""
+    with contextlib.suppress(OSError):
+        if _pidfd_open:
+            _keep(descriptors, _pidfd_open, pid)
+        elif hasattr(select, "kqueue"):  # macOS and the BSDs
+            with contextlib.closing(select.kqueue()) as queue:
+                flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
+                queue.control([select.kevent(pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT)], 0)
+                _keep(descriptors, os.dup, queue.fileno())
+
+
+def _naps() -> Iterator[float]:
+    """Seconds to sleep between looks at the child, where nothing wakes us: short at first, 20 ms in the end."""
+    return itertools.chain((0.001 * 1.5**n for n in range(8)), itertools.repeat(0.02))
+
+
+def _finish(call: _Call) -> None:
+    """End a call for certain: each exception of a signal handler that cuts it short is raised after another try."""
+    try:
+        call.end()
+    except BaseException:
+        _finish(call)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------- The child
+# Each object that the child touches costs it a page fault, since the reference count in it is written to, and so does
+# each cache that the parent did not fill: hence the local names, and what the parent prepares for the child.
+
+
+def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    """Run the callable and deliver its outcome. Signals are blocked but while the callable runs."""
+    region, sink = call.region, call.sink
+    try:
+        try:
+            pid = _getpid()
+            stdout, stderr = sys.stdout, sys.stderr
+            if _libc_prctl is not None:
+                _libc_prctl(_PR_SET_PDEATHSIG, 9)
+                if _getppid() != call.parent:  # it died before that
+                    _libc_exit(1)
+            if call.threaded or _first_thread(_MAIN_INTERPRETER) != call.only_thread:  # C code made one meanwhile
+                _repair_after_threads(call)
+            _set_wakeup_fd(-1)  # the parent's event loop listens there
+            if "asyncio" in sys.modules:
+                _leave_event_loop(sys.modules["asyncio"])
+            _freeze()  # never collect, or finalise, the parent's garbage; and leave the pages of its heap shared
+            if call.memory_limit is not None:
+                _limit_memory(call)
+        except BaseException as error:
+            _deliver_failure(call, _SETUP_FAILED, "the child could not be set up", error)
+            _libc_exit(1)
+        value = failure = None
+        region[:8] = _RUNNING
+        try:
+            try:
+                _libc_sigmask(_SIG_SETMASK, call.mask, None)
+                value = function(*args, **kwargs)
+            finally:
+                _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
+        except BaseException as error:
+            _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)  # a handler may have raised before the one above did it
+            failure = error
+        if _getpid() != pid:
+            _libc_exit(0)  # a process that the callable forked came back out of it
+        region[:8] = _RETURNED
+        # What the callable set must not disturb the rest.
+        if _gettrace() is not None:
+            sys.settrace(None)
+        if _getprofile() is not None:
+            sys.setprofile(None)
+        if _getrecursionlimit() < call.recursion_limit:
+            sys.setrecursionlimit(call.recursion_limit)
+        if call.memory_limit is not None:
+            _lift_memory_limit(call)
+        _deliver_outcome(call, value, failure)
+        _flush(stdout, stderr)
+        if sys.stdout is not stdout or sys.stderr is not stderr:
+            _flush(sys.stdout, sys.stderr)
+        _libc_exit(0)
+    finally:
+        _libc_exit(1)
+    raise AssertionError("_exit returned")
+
+
+def _limit_memory(call: _Call) -> None:
+    with open("/proc/self/statm") as statm:
+        data = int(statm.read().split()[5]) * _PAGE
+    call.limit_before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [limit for limit in (data + call.memory_limit, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+
+
+def _lift_memory_limit(call: _Call) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, call.limit_before)
+
+
+def _leave_event_loop(asyncio: Any) -> None:
+    """Let the callable run an event loop of its own although the parent's was running at the fork."""
+    loop = asyncio._get_running_loop()
+    if loop is not None:
+        task = asyncio.current_task(loop)
+        if task is not None:
+            asyncio.tasks._leave_task(loop, task)
+        asyncio._set_running_loop(None)
+
+
+def _run_coroutine(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function in the child and, if it is an ``async def`` one, run what it returns in a fresh event loop."""
+    import asyncio
+
+    value = function(*args, **kwargs)
+    return asyncio.run(value) if asyncio.iscoroutine(value) else value
+
+
+# Locks of the standard library's own modules that another thread may hold at any moment.
+_STANDARD_LOCKS = (
+    ("_strptime", "_cache_lock"),
+    ("asyncio.events", "_lock"),
+    ("asyncio.mixins", "_global_lock"),
+    ("concurrent.futures.thread", "_global_shutdown_lock"),
+    ("sysconfig", "_CONFIG_VARS_LOCK"),
+    ("tempfile", "_once_lock"),
+)
+_retired: list[Any] = []
+
+
+def _repair_after_threads(call: _Call) -> None:
+    """Free the child from what the threads that it does not have were doing at the fork."""
+    # 1. The interpreter: the GIL and its waiters, thread states, the import lock, signals. This is CPython's own repair;
+    # it runs the hooks for the child too, unless it finds none. They are back in place for what the callable forks.
+    if not call.threaded:
+        _imp.acquire_lock()
+    assert _child_hooks is not None
+    hooks = _child_hooks[:]
+    _child_hooks.clear()
+    pythonapi.PyOS_AfterFork_Child()
+    _child_hooks[:] = hooks
+    # 2. Imports: a module that another thread was in the middle of importing is imported anew.
+    bootstrap: Any = sys.modules["_frozen_importlib"]
+    for name, reference in list(bootstrap._module_locks.items()):
+        if getattr(reference(), "owner", None) not in (None, threading.get_ident()):
+            sys.modules.pop(name, None)
+    bootstrap._module_locks.clear()
+    bootstrap._blocking_on.clear()
+    # 3. threading: only this thread is left, and it is the main thread.
+    threading._after_fork()  # type: ignore[attr-defined]
+    # 4. Streams: another thread may have been printing, and what it did not write yet is its to write.
+    fresh = {id(stream): _fresh(stream) for stream in (sys.stdout, sys.stderr)}
+    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+        stream = getattr(sys, name)
+        if id(stream) in fresh:
+            _retired.append(stream)  # never closed, for that would flush it
+            setattr(sys, name, fresh[id(stream)])
+    # 5. Logging: a lock that was not to be had in time is made anew.
+    held = set(map(id, call.logging_locks))
+    for reference in list(logging._handlerList):  # type: ignore[attr-defined]
+        handler = reference()
+        if isinstance(getattr(handler, "lock", None), _LOCK_TYPES) and id(handler.lock) not in held:
+            handler.createLock()
+        if id(getattr(handler, "stream", None)) in fresh:
+            handler.stream = fresh[id(handler.stream)]
+    if id(logging._lock) not in held:  # type: ignore[attr-defined]
+        logging._lock = threading.RLock()  # type: ignore[attr-defined]
+    _drain(call.logging_locks, _release)
+    # 6. Single locks.
+    for module_name, name in _STANDARD_LOCKS:
+        module = sys.modules.get(module_name)
+        if hasattr(module, name):
+            setattr(module, name, threading.RLock() if "CONFIG" in name else threading.Lock())
+
+
+def _fresh(stream: Any) -> Any:
+    """A text stream like this one, with nothing in its buffer and its locks free; the same one where it is a special one."""
+    if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
+        with contextlib.suppress(OSError, ValueError):
+            raw = io.FileIO(stream.fileno(), "w", closefd=False)
+            options: Any = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, "\n", **options)
+    return stream
+
+
+class _Sink:
+    """The file that a child pickles to: into the region while it fits there, and all into the bulk once it does not."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call = call
+        self.region = call.region
+        self.in_bulk = False
+        self.length = 0  # in the bulk
+        self.buffers: list[memoryview] = []
+        self.error: Exception | None = None  # which tells a failed write from an object that cannot be pickled
+        self.region.seek(_START)
+        self.region_write, self.region_tell = self.region.write, self.region.tell
+
+    def write(self, data: Any) -> None:
+        if not self.in_bulk:
+            try:
+                self.region_write(data)
+                return
+            except ValueError:  # it does not fit
+                self.in_bulk = True
+                self.write(self.region[_START : self.region_tell()])
+        self.write_at(self.length, data)
+        self.length += memoryview(data).nbytes
+
+    def write_at(self, offset: int, data: Any) -> None:
+        try:
+            with memoryview(data) as view:
+                written = 0
+                while written < view.nbytes:  # no more than 1 GiB at once: some systems refuse 2
+                    written += os.pwrite(self.bulk, view[written : written + (1 << 30)], offset + written)
+        except Exception as error:
+            self.error = error
+            raise
+
+    @functools.cached_property
+    def bulk(self) -> int:
+        """The descriptor of the bulk; where the callable closed it or reused its number, the parent's, opened anew."""
+        number = self.call.bulk[0]
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(number), self.call.bulk_identity):
+                return number
+        return os.open(f"/proc/{self.call.parent}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+
+    def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
+        """Set a large buffer aside, to be written as it is; true where it is small and goes with the rest."""
+        view = buffer.raw()
+        if view.nbytes < _OUT_OF_BAND:
+            return True
+        self.buffers.append(view)
+        return False
+
+    def deliver(self, kind: int) -> None:
+        """Write the buffers behind what was pickled, and fill in the header."""
+        if self.buffers:
+            lengths = [view.nbytes for view in self.buffers]
+            self.write(struct.pack(f"={len(lengths)}Q", *lengths))
+            for offset, view in zip(_offsets(self.length, lengths), self.buffers):
+                self.write_at(offset, view)
+        length = self.length if self.in_bulk else self.region_tell() - _START
+        _pack_header(self.region, 0, _RETURNED, kind, len(self.buffers), length, self.in_bulk)
+        self.region[:8] = _DELIVERED
+
+
+class _ExceptionPickler(pickle.Pickler):
+    """Pickles exceptions so that they are rebuilt without ``__init__``, which may want other arguments than ``args``."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        cls = type(obj)
+        if not isinstance(obj, BaseException) or cls in copyreg.dispatch_table:
+            return NotImplemented
+        if cls.__reduce__ is not _builtin_base(cls).__reduce__ or cls.__reduce_ex__ is not object.__reduce_ex__:
+            return NotImplemented  # the class knows better
+        _, arguments, *state = obj.__reduce__()  # type: ignore[misc]
+        return (_rebuild_exception, (cls, arguments, obj.args), *state)
+
+
+def _builtin_base(cls: type) -> Any:
+    return next(base for base in cls.__mro__ if not base.__flags__ & 1 << 9)  # Py_TPFLAGS_HEAPTYPE: made at run time
+
+
+def _rebuild_exception(cls: type, arguments: tuple[Any, ...], args: tuple[Any, ...]) -> BaseException:
+    base = _builtin_base(cls)
+    error: BaseException = base.__new__(cls, *arguments)
+    base.__init__(error, *arguments)  # fills in what the class keeps in C, such as OSError.errno
+    error.args = args
+    return error
+
+
+def _deliver_outcome(call: _Call, value: Any, failure: BaseException | None) -> None:
+    sink = call.sink
+    try:
+        if failure is None:
+            call.dump(value)
+            sink.deliver(_RESULT)
+            return
+        text = "an exception whose traceback cannot be shown"
+        with contextlib.suppress(Exception):
+            failure.__traceback__ = failure.__traceback__ and failure.__traceback__.tb_next  # not this file's frame
+            text = "".join(traceback.format_exception(type(failure), failure, failure.__traceback__))
+        pickler = _ExceptionPickler(sink, 5, buffer_callback=sink.keep_out_of_band)
+        pickler.dump(text)
+        pickler.dump(failure)
+        sink.deliver(_RAISED)
+    except BaseException as error:
+        if sink.error is not None:
+            _deliver_failure(call, _UNWRITTEN, "its outcome could not be written", error)
+        elif failure is None:
+            what = f"its result, of type {type(value).__qualname__}, cannot be pickled (return plain data instead)"
+            _deliver_failure(call, _UNPICKLABLE, what, error)
+        else:
+            what = f"it raised {type(failure).__qualname__}, which cannot be pickled"
+            _deliver_failure(call, _UNPICKLABLE, what, error, text)
+
+
+def _deliver_failure(call: _Call, kind: int, what: str, error: BaseException, text: str = "") -> None:
+    """Deliver what went wrong in the child itself, with its cause if that can be pickled."""
+    message = f"{what}: {type(error).__name__}: {error}" + (text and f"\n{text}")
+    for cause in (error, None):
+        sink = _Sink(call)
+        pickler = _ExceptionPickler(sink, 5)
+        pickler.dump(message)
+        with contextlib.suppress(Exception):
+            pickler.dump(cause)
+            return sink.deliver(kind)
+
+
+def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
+    """Where the buffers are in the bulk: behind its stream, each on pages of its own, so that it can be mapped alone."""
+    return itertools.accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
+
+
+# -------------------------------------------------------------------------------------------------------- The parent
+
+
+def _outcome(call: _Call) -> Any:
+    """Return or raise what the child delivered, or say what became of it."""
+    assert call.region is not None
+    progress, kind, count, length, in_bulk = _HEADER.unpack_from(call.region)
+    name = _name(call.function)
+    if progress != _DELIVERED:
+        raise _failure(call, progress, name)
+    try:
+        file, buffers = _receive(call, count, length, in_bulk)
+        unpickler = pickle.Unpickler(file, buffers=buffers)
+        first = unpickler.load()
+    except Exception as error:
+        raise DeserializationError(f"{name} returned, but rebuilding its result raised {error!r}") from error
+    if kind == _RESULT:
+        return first
+    try:
+        second = unpickler.load()
+    except Exception as error:
+        if kind == _RAISED:
+            message = f"{name} raised an exception that does not unpickle ({error!r}):\n{first}"
+            raise SerializationError(message) from error
+        second = None
+    if kind == _RAISED:
+        try:
+            raise second from _ChildTraceback(first)
+        finally:
+            del second  # it refers to this frame through its traceback
+    failures = {_UNPICKLABLE: SerializationError, _UNWRITTEN: ResultDeliveryError, _SETUP_FAILED: ChildSetupError}
+    raise failures[kind](f"{name}: {first}") from second
+
+
+def _failure(call: _Call, progress: bytes, name: str) -> MemIsolateError:
+    """The error for a child that is gone and delivered nothing."""
+    if call.expired:
+        message = f"{name} did not end within {call.timeout} s, and was killed; allow more time, or retry if it may run twice"
+        return CallableTimeoutError(message, timeout=call.timeout)
+    details: dict[str, Any] = {}
+    status = call.status.value
+    if call.wait_error is not None:
+        ending = f"its end cannot be learnt ({call.wait_error})"
+    elif os.WIFSIGNALED(status):
+        details["signal"] = number = os.WTERMSIG(status)
+        with contextlib.suppress(ValueError):  # a real-time signal has no name
+            details["signal"] = signal.Signals(number)
+        ending = f"it was killed by {getattr(details['signal'], 'name', f'signal {number}')}"
+    else:
+        details["exit_status"] = os.WEXITSTATUS(status)
+        ending = f"it ended with status {details['exit_status']}"
+    if progress == _NOT_STARTED:
+        error: MemIsolateError = ChildSetupError(f"the child did not reach {name}: {ending}; it is safe to retry", **details)
+    elif progress == _RETURNED:
+        error = ResultDeliveryError(f"{name} ended, but the child did not deliver its outcome: {ending}", **details)
+    else:
+        message = f"the child did not survive {name}: {ending}; retry only if it may run twice"
+        if call.wait_error is not None:
+            error = WaitError(message)
+        else:
+            error = (KilledBySignalError if "signal" in details else UnexpectedExitStatusError)(message, **details)
+    error.__cause__ = call.wait_error
+    return error
+
+
+def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> tuple[Any, list[Any]]:
+    """The stream as a file, and the buffers behind it, each in memory of its own that nobody else can change.
+
+    The largest piece of the bulk stays where it is: if a buffer, it is mapped; if the stream, it is read from there.
+    All else moves to ordinary memory and is cut out of the bulk, so that no piece keeps another one's memory.
+    """
+    bulk, table = call.bulk[0], 8 * count
+    stream: Any = _BulkReader(bulk)
+    if not in_bulk:
+        stream = io.BytesIO(call.region[_START : _START + length])
+    stream.seek(length - table)
+    lengths = struct.unpack(f"={count}Q", stream.read(table))
+    stream.seek(0)
+    call.received = length - table + sum(lengths)
+    offsets = list(_offsets(length if in_bulk else 0, lengths))
+    largest = max(lengths, default=0)
+    staying = lengths.index(largest) if largest >= (length if in_bulk else 1) else -1
+    buffers = [None if i == staying else _read(bulk, *piece) for i, piece in enumerate(zip(offsets, lengths))]
+    if staying >= 0:
+        stream = io.BytesIO(stream.read(length))
+        buffers[staying] = _map_alone(bulk, offsets[staying], largest) or _read(bulk, offsets[staying], largest)
+    return io.BufferedReader(stream, 1 << 17) if isinstance(stream, _BulkReader) else stream, buffers
+
+
+class _BulkReader(io.RawIOBase):
+    """Reads the bulk at its own position: a process that the callable left behind may move the descriptor's."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.position = descriptor, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self.position = position
+        return position
+
+    def readinto(self, memory: Any) -> int:
+        count = os.preadv(self.descriptor, [memory], self.position)
+        self.position += count
+        return count
+
+
+def _read(bulk: int, offset: int, length: int) -> memoryview:
+    """A piece of the bulk, in fresh memory."""
+    view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
+    done = 0
+    while done < length:
+        count = os.preadv(bulk, [view[done : done + (1 << 30)]], offset + done)
+        if count == 0:
+            raise EOFError("the result was cut short")
+        done += count
+    return view
+
+
+def _map_alone(bulk: int, offset: int, length: int) -> memoryview | None:
+    """Map a piece of the bulk privately and free the rest of it; None where the system cannot seal it for that.
+
+    Without the seals a process that the callable left behind could still write to the pages that we did not touch.
+    """
+    if _libc_fallocate is None:
+        return None
+    end = offset + -(-length // _PAGE) * _PAGE
+    for start, size in ((0, offset), (end, os.fstat(bulk).st_size - end)):
+        if size > 0:
+            mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+            _libc_fallocate(bulk, mode, ctypes.c_long(start), ctypes.c_long(size))
+    try:
+        fcntl.fcntl(bulk, _F_ADD_SEALS, _F_SEAL_EVERYTHING)
+    except OSError:
+        return None
+    if os.fstat(bulk).st_size < offset + length:
+        raise EOFError("the result was cut short")
+    # An mmap object of Python's would hold a duplicate of the descriptor as long as the result lives. So it makes an
+    # anonymous mapping, which has none, and libc maps the file in its place.
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    if _libc_mmap(address, length, writable, mmap.MAP_PRIVATE | _MAP_FIXED, bulk, offset) != address:
+        raise OSError(ctypes.get_errno(), "the result could not be mapped")
+    return memoryview(memory)
+
+
+def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        call.start(args, kwargs)
+        call.wait()
+        return _outcome(call)
+    finally:
+        _finish(call)
+        _log(call)
+
+
+async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        call.start((call.function, *args), kwargs, run=_run_coroutine)
+        await call.wait_async()
+        return _outcome(call)
+    finally:
+        _finish(call)
+        _log(call)
+
+
+def _log(call: _Call) -> None:
+    if _logger.isEnabledFor(logging.DEBUG):
+        error = sys.exc_info()[0]
+        outcome = "returned" if error is None else f"raised {error.__name__}"
+        pid = call.pids[0] if call.pids else None
+        seconds = time.monotonic() - call.started
+        message = "%s in child %s %s after %.6f s, %d bytes returned"
+        _logger.debug(message, _name(call.function), pid, outcome, seconds, call.received)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+# --------------------------------------------------------------------------------------------------- The public face
+
+
+def execute_in_isolated_process(callable: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call ``callable(*args, **kwargs)`` in a forked child, wait, and return what it returns or raise what it raises.
+
+    Callable and arguments can be anything, for they are not pickled; the result must be picklable. An exception
+    arrives with its type, arguments, attributes and notes; its ``__cause__`` shows the child's traceback. Errors of
+    the call itself are `MemIsolateError`: `CallableDidNotExecuteError` (safe to retry), `CallableExecutedError`, or
+    `CallableStatusUnknownError`. A non-callable is a `TypeError`. For limits see `isolated`.
+    """
+    return _run(_Call(callable), args, kwargs)
+
+
+@overload
+async def execute_in_isolated_process_async(
+    callable: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs
+) -> R: ...
+@overload
+async def execute_in_isolated_process_async(callable: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Do the same while the asyncio event loop goes on; ``callable`` may be an ``async def`` function too.
+
+    That runs in an event loop of its own in the child. Cancelling kills and reaps the child before it returns.
+    """
+    return await _run_async(_Call(callable), args, kwargs)
+
+
+@overload
+def isolated(function: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def isolated(
+    *, timeout: float | None = None, memory_limit: int | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def isolated(function: Any = None, /, *, timeout: float | None = None, memory_limit: int | None = None) -> Any:
+    """Make a function run isolated at every call: ``@isolated``, or ``@isolated(timeout=10, memory_limit=2**30)``.
+
+    ``timeout``: seconds of wall clock for the whole call, a positive real number; when they are over the child is killed
+    and `CallableTimeoutError` raised. ``memory_limit``: bytes of private memory that the callable may add to what the
+    process has at the call, a positive int (Linux; elsewhere `NotImplementedError`); Python code that wants more gets
+    `MemoryError`. A bad value is a `TypeError` or `ValueError` here, not at the call.
+
+    Functions, ``async def`` functions, methods, static and class methods and other callables keep their signature,
+    name and docs. The result is a plain function: it can be pickled where its name leads to it, as decorating does.
+    """
+    _check_limits(timeout, memory_limit)
+    if function is None:
+        return functools.partial(isolated, timeout=timeout, memory_limit=memory_limit)
+    if isinstance(function, (staticmethod, classmethod)):
+        return type(function)(isolated(function.__func__, timeout=timeout, memory_limit=memory_limit))
+    if not callable(function):
+        raise TypeError(f"expected a callable, not {type(function).__name__}")
+    import inspect
+
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await _run_async(_Call(function, timeout, memory_limit), args, kwargs)
+    else:
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return _run(_Call(function, timeout, memory_limit), args, kwargs)
+
+    return wrapper
+
+
+def _check_limits(timeout: Any, memory_limit: Any) -> None:
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
+            raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be positive and finite, not {timeout!r}; None means no limit")
+    if memory_limit is not None:
+        if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
+            raise TypeError(f"memory_limit must be an int of bytes or None, not {memory_limit!r}")
+        if memory_limit <= 0:
+            raise ValueError(f"memory_limit must be positive, not {memory_limit!r}; None means no limit")
+        if not sys.platform.startswith("linux"):
+            raise NotImplementedError("memory_limit needs Linux, whose RLIMIT_DATA bounds all private memory")
