@@ -162,20 +162,32 @@ class _ChildTraceback(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ libc and the C API
-# fork must keep the GIL (PyDLL): if another thread took it at the fork, the child would wait for it for ever.
-# waitpid must release it (CDLL), so that other threads run meanwhile.
+# fork must keep the GIL (PyDLL): if another thread took it at the fork, the child would wait for it for ever. Calls
+# that may block must release it (CDLL), so that other threads run meanwhile. Those that cannot block keep it too, for
+# to get it back from busy threads takes milliseconds.
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_holding_gil = PyDLL(None, use_errno=True)
 _libc_fork = _libc_holding_gil.fork
 _libc_exit = _libc_holding_gil._exit
 _libc_waitpid = _libc.waitpid
+_libc_waitpid_nohang = _libc_holding_gil.waitpid
+_libc_close = _libc_holding_gil.close
+_libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
 _libc_sigmask = _libc_holding_gil.pthread_sigmask
 _libc_prctl = getattr(_libc_holding_gil, "prctl", None)  # Linux has it
 _libc_fallocate = getattr(_libc, "fallocate", None)  # Linux has it
-_libc_mmap = _libc.mmap
+_libc_fpending = getattr(_libc_holding_gil, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
+_libc_mmap = _libc_holding_gil.mmap
 _libc_mmap.restype = ctypes.c_void_p
 _libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc_munmap = _libc_holding_gil.munmap
+_libc_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_memoryview = pythonapi.PyMemoryView_FromMemory
+_memoryview.restype = ctypes.py_object
+_memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+_PYBUF_WRITE = 0x200
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 _C_STREAMS = []
 for _name in ("stdout", "stderr", "__stdoutp", "__stderrp"):  # the latter two on macOS and FreeBSD
@@ -185,6 +197,7 @@ for _name in ("stdout", "stderr", "__stdoutp", "__stderrp"):  # the latter two o
 _PR_SET_PDEATHSIG = 1
 _MAP_FIXED = 16  # of the mmap function
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _F_ADD_SEALS = 1033  # in the fcntl module from 3.9 on
 _F_SEAL_EVERYTHING = 1 | 2 | 4 | 8  # seal, shrink, grow, write
 _SIG_BLOCK, _SIG_SETMASK = int(signal.SIG_BLOCK), int(signal.SIG_SETMASK)
@@ -200,6 +213,7 @@ _next_interpreter = pythonapi.PyInterpreterState_Next
 _first_thread = pythonapi.PyInterpreterState_ThreadHead
 _next_thread = pythonapi.PyThreadState_Next
 _get_interpreter.restype = pythonapi.PyInterpreterState_Main.restype = _first_interpreter.restype = ctypes.c_void_p
+pythonapi.PyOS_AfterFork_Child.restype = None
 for _function in (_next_interpreter, _first_thread, _next_thread):
     _function.argtypes, _function.restype = [ctypes.c_void_p], ctypes.c_void_p
 
@@ -208,14 +222,14 @@ _IN_SUBINTERPRETER = _get_interpreter() != _MAIN_INTERPRETER
 _FREE_THREADED = "t" in sys.abiflags
 
 
-def _only_thread() -> int | None:
-    """The state of the interpreter's only thread; None if there are more, which C code may have made too."""
+def _only_thread() -> int:
+    """The address of the interpreter's only thread state; 0 if there are more, which C code may have made too."""
     interpreter = _first_interpreter()
     thread: int = _first_thread(interpreter)
-    return None if _next_interpreter(interpreter) or _next_thread(thread) else thread
+    return 0 if _next_interpreter(interpreter) or _next_thread(thread) else thread
 
 
-def _find_child_hooks() -> list[Any] | None:
+def _find_child_hooks() -> list[Any]:
     """Find the interpreter's own list of hooks from ``os.register_at_fork(after_in_child=...)``.
 
     ``PyOS_AfterFork_Child``, which repairs the interpreter in a child, runs these hooks too unless the list is empty.
@@ -235,7 +249,7 @@ def _find_child_hooks() -> list[Any] | None:
         if type(holder) is list:
             holder.remove(mark)
             return holder
-    return None
+    raise ImportError("mem_isolate did not find the interpreter's list of at-fork hooks")
 
 
 _child_hooks = _find_child_hooks()
@@ -249,10 +263,10 @@ def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> 
     results.extend(itertools.starmap(function, (arguments,)))
 
 
-def _drain(items: list[Any], function: Callable[[Any], None]) -> None:
-    """Take each item out and give it to a C function, likewise in one step."""
+def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
+    """Take each item out and call a C function with it, likewise in one step."""
     with contextlib.suppress(IndexError):  # pop's, when the list is empty
-        any(map(function, iter(items.pop, None)))
+        any(map(function, iter(items.pop, None), *map(itertools.repeat, arguments)))
 
 
 def _flush(*streams: Any) -> None:
@@ -263,7 +277,8 @@ def _flush(*streams: Any) -> None:
         except Exception:
             pass
     for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
-        _libc.fflush(pointer)
+        if _libc_fpending is None or _libc_fpending(pointer):
+            _libc.fflush(pointer)
 
 
 # ---------------------------------------------------------------------------------------------------------- The call
@@ -310,13 +325,14 @@ class _Call:
         self.recursion_limit = _getrecursionlimit()
         self.mask = ctypes.create_string_buffer(128)
         _libc_sigmask(_SIG_BLOCK, None, self.mask)
+        self.pid: dict[str, int] = {}  # 0 in the child
+        self.repaired: list[Any] = []  # not empty in a child that had company
         # Lists of at most one, for _keep and _drain:
-        self.pids: list[int] = []  # 0 in the child
+        self.mapping: list[int] = []  # the address of the region
         self.bulk: list[int] = []  # the descriptor
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
         self.import_lock: list[None] = []
         self.logging_locks: list[Any] = []
-        self.region: mmap.mmap | None = None
         self.threaded = False
         self.gone = False
         self.expired = False
@@ -329,38 +345,55 @@ class _Call:
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function (or ``run``), and does not return from here."""
         self.only_thread = _only_thread()
-        self.threaded = self.only_thread is None
+        self.threaded = not self.only_thread
         if _IN_SUBINTERPRETER:
             raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
-        if self.threaded and (_FREE_THREADED or _child_hooks is None):
-            reason = "a free-threaded Python" if _FREE_THREADED else "this interpreter"
-            raise ForkError(f"{reason} cannot be forked safely while it has more than one thread; call before the others start")
+        if _FREE_THREADED and self.threaded:
+            raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
         _flush(sys.stdout, sys.stderr)  # or the child would print again what waits in them
         if self.threaded:
             self.hold_logging()
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
         try:
-            self.region = mmap.mmap(-1, _REGION_SIZE)
+            shared, access = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE
+            _keep(self.mapping, _libc_mmap, None, _REGION_SIZE, access, shared, -1, 0)
+            if self.mapping[0] == _MAP_FAILED:
+                self.mapping.clear()
+                raise OSError(ctypes.get_errno(), "no memory for the result")
+            self.region = _memoryview(self.mapping[0], _REGION_SIZE, _PYBUF_WRITE)
             self.region[:8] = _NOT_STARTED
             _make_bulk(self.bulk)
-            self.bulk_identity = os.fstat(self.bulk[0])
             self.sink = _Sink(self)
             self.dump = pickle.Pickler(self.sink, 5, buffer_callback=self.sink.keep_out_of_band).dump
         except (OSError, MemoryError) as error:
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
-        if self.threaded:
-            _keep(self.import_lock, _imp.acquire_lock)  # PyOS_AfterFork_Child expects it held, and releases it
-        fork = itertools.starmap(_libc_fork, ((),))
-        self.pids.extend(fork)  # as _keep does, but the child need not come back out of it
-        if self.pids[0] == 0:
+        self.hooks = _child_hooks[:]
+        _keep(self.import_lock, _imp.acquire_lock)  # PyOS_AfterFork_Child expects it held, and releases it
+        self.fork()
+        if self.pid["pid"] == 0:
             _be_the_child(self, run or self.function, args, kwargs)
         code = ctypes.get_errno()
         self.release_locks()
-        if self.pids[0] < 0:
+        if self.pid["pid"] < 0:
             cause = OSError(code, os.strerror(code))
             raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
-        _watch_end(self.pids[0], self.watch)
+        _watch_end(self.pid["pid"], self.watch)
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
+
+    def fork(self) -> None:
+        """Fork, and in a child that had company run CPython's own repair, all in one step of C.
+
+        The child may not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
+        thread that does not exist there, and would wait for it for ever. So iterators of C do it: ``children`` yields
+        in the child only, ``company`` only if the child's list of threads has another one at its head than ours alone.
+        The repair would run the hooks for the child: their list is emptied for it.
+        """
+        forks = map(functools.partial(self.pid.setdefault, "pid"), itertools.starmap(_libc_fork, ((),)))
+        children = itertools.filterfalse(None, forks)
+        heads = map(_first_thread, itertools.repeat(_MAIN_INTERPRETER), children)
+        company = itertools.filterfalse(self.only_thread.__eq__, heads)
+        emptied = map(_child_hooks.__delitem__, itertools.repeat(slice(None)))
+        self.repaired.extend(itertools.starmap(pythonapi.PyOS_AfterFork_Child, zip(company, emptied)))
 
     def hold_logging(self) -> None:
         """Take the lock of logging and of every handler, so that no thread is in the middle of a record at the fork.
@@ -437,7 +470,8 @@ class _Call:
     def reap(self, options: int = 0) -> bool:
         """Wait for the child, or look with ``os.WNOHANG``; whether it is gone."""
         while not self.gone:
-            pid = _libc_waitpid(self.pids[0], ctypes.byref(self.status), options)
+            waitpid = _libc_waitpid_nohang if options == os.WNOHANG else _libc_waitpid
+            pid = waitpid(self.pid["pid"], ctypes.byref(self.status), options)
             if pid == 0:
                 return False
             if pid < 0:
@@ -455,30 +489,33 @@ class _Call:
                 if self.watch and _pidfd_send_signal:  # cannot hit a process that got the pid after somebody reaped ours
                     _pidfd_send_signal(self.watch[0], signal.SIGKILL)
                 else:
-                    os.kill(self.pids[0], signal.SIGKILL)
+                    os.kill(self.pid["pid"], signal.SIGKILL)
             self.reap()
 
     # -- giving back
 
     def end(self) -> None:
         """Give back all that is still held. What an exception of a signal handler cuts short, a second call goes on with."""
-        if self.pids and self.pids[0] == 0:
+        if self.pid.get("pid") == 0:
             _libc_exit(1)  # the child never returns into the caller's code
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
         self.release_locks()
-        if self.pids and self.pids[0] > 0:
+        if self.pid.get("pid", -1) > 0:
             self.kill()
-        _drain(self.watch, os.close)
-        _drain(self.bulk, os.close)
-        if self.region is not None:
-            self.region.close()
+        _drain(self.watch, _libc_close)
+        _drain(self.bulk, _libc_close if self.received <= _REGION_SIZE else os.close)  # freeing much takes a while
+        if self.mapping:
+            self.region = memoryview(b"")  # nobody may look there any more
+            _drain(self.mapping, _libc_munmap, _REGION_SIZE)
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
 
 
 def _make_bulk(descriptors: list[int]) -> None:
-    if hasattr(os, "memfd_create"):
-        with contextlib.suppress(OSError):  # not in this kernel or sandbox; without descriptors the next fails too
-            return _keep(descriptors, os.memfd_create, "mem_isolate", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    if _libc_memfd_create is not None:
+        _keep(descriptors, _libc_memfd_create, b"mem_isolate", _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
+        if descriptors[0] >= 0:
+            return
+        descriptors.clear()  # not in this kernel or sandbox; if for want of descriptors, the next fails too
     import tempfile
 
     with tempfile.TemporaryFile() as file:  # has no name any more
@@ -518,17 +555,18 @@ def _finish(call: _Call) -> None:
 
 def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
     """Run the callable and deliver its outcome. Signals are blocked but while the callable runs."""
-    region, sink = call.region, call.sink
+    region = call.region
     try:
         try:
             pid = _getpid()
-            stdout, stderr = sys.stdout, sys.stderr
             if _libc_prctl is not None:
                 _libc_prctl(_PR_SET_PDEATHSIG, 9)
                 if _getppid() != call.parent:  # it died before that
                     _libc_exit(1)
-            if call.threaded or _first_thread(_MAIN_INTERPRETER) != call.only_thread:  # C code made one meanwhile
+            if call.repaired:
                 _repair_after_threads(call)
+            else:
+                _imp.release_lock()
             _set_wakeup_fd(-1)  # the parent's event loop listens there
             if "asyncio" in sys.modules:
                 _leave_event_loop(sys.modules["asyncio"])
@@ -538,6 +576,7 @@ def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ..
         except BaseException as error:
             _deliver_failure(call, _SETUP_FAILED, "the child could not be set up", error)
             _libc_exit(1)
+        stdout, stderr = sys.stdout, sys.stderr
         value = failure = None
         region[:8] = _RUNNING
         try:
@@ -615,15 +654,8 @@ _retired: list[Any] = []
 
 def _repair_after_threads(call: _Call) -> None:
     """Free the child from what the threads that it does not have were doing at the fork."""
-    # 1. The interpreter: the GIL and its waiters, thread states, the import lock, signals. This is CPython's own repair;
-    # it runs the hooks for the child too, unless it finds none. They are back in place for what the callable forks.
-    if not call.threaded:
-        _imp.acquire_lock()
-    assert _child_hooks is not None
-    hooks = _child_hooks[:]
-    _child_hooks.clear()
-    pythonapi.PyOS_AfterFork_Child()
-    _child_hooks[:] = hooks
+    # 1. The interpreter itself is repaired already (_Call.fork). The hooks are put back, for what the callable forks.
+    _child_hooks[:] = call.hooks
     # 2. Imports: a module that another thread was in the middle of importing is imported anew.
     bootstrap: Any = sys.modules["_frozen_importlib"]
     for name, reference in list(bootstrap._module_locks.items()):
@@ -646,7 +678,7 @@ def _repair_after_threads(call: _Call) -> None:
         handler = reference()
         if isinstance(getattr(handler, "lock", None), _LOCK_TYPES) and id(handler.lock) not in held:
             handler.createLock()
-        if id(getattr(handler, "stream", None)) in fresh:
+        if handler is not None and id(vars(handler).get("stream")) in fresh:
             handler.stream = fresh[id(handler.stream)]
     if id(logging._lock) not in held:  # type: ignore[attr-defined]
         logging._lock = threading.RLock()  # type: ignore[attr-defined]
@@ -675,22 +707,21 @@ class _Sink:
         self.call = call
         self.region = call.region
         self.in_bulk = False
-        self.length = 0  # in the bulk
+        self.length = 0
         self.buffers: list[memoryview] = []
         self.error: Exception | None = None  # which tells a failed write from an object that cannot be pickled
-        self.region.seek(_START)
-        self.region_write, self.region_tell = self.region.write, self.region.tell
 
     def write(self, data: Any) -> None:
-        if not self.in_bulk:
-            try:
-                self.region_write(data)
-                return
-            except ValueError:  # it does not fit
+        start = _START + self.length
+        size = len(data)
+        if self.in_bulk or start + size > _REGION_SIZE:
+            if not self.in_bulk:
                 self.in_bulk = True
-                self.write(self.region[_START : self.region_tell()])
-        self.write_at(self.length, data)
-        self.length += memoryview(data).nbytes
+                self.write_at(0, self.region[_START:start])
+            self.write_at(self.length, data)
+        else:
+            self.region[start : start + size] = data
+        self.length += size
 
     def write_at(self, offset: int, data: Any) -> None:
         try:
@@ -704,12 +735,15 @@ class _Sink:
 
     @functools.cached_property
     def bulk(self) -> int:
-        """The descriptor of the bulk; where the callable closed it or reused its number, the parent's, opened anew."""
+        """The descriptor of the bulk: the parent's, opened anew, since the callable may have closed or reused the child's."""
         number = self.call.bulk[0]
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(number), self.call.bulk_identity):
-                return number
-        return os.open(f"/proc/{self.call.parent}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return os.open(f"/proc/{self.call.parent}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # no /proc, or no permission
+            found = os.fstat(number)
+            if found.st_nlink or found.st_size:
+                raise OSError(errno.EBADF, "the callable closed the descriptor for large results") from None
+            return number
 
     def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
         """Set a large buffer aside, to be written as it is; true where it is small and goes with the rest."""
@@ -724,10 +758,9 @@ class _Sink:
         if self.buffers:
             lengths = [view.nbytes for view in self.buffers]
             self.write(struct.pack(f"={len(lengths)}Q", *lengths))
-            for offset, view in zip(_offsets(self.length, lengths), self.buffers):
+            for offset, view in zip(_offsets(self.length if self.in_bulk else 0, lengths), self.buffers):
                 self.write_at(offset, view)
-        length = self.length if self.in_bulk else self.region_tell() - _START
-        _pack_header(self.region, 0, _RETURNED, kind, len(self.buffers), length, self.in_bulk)
+        _pack_header(self.region, 0, _RETURNED, kind, len(self.buffers), self.length, self.in_bulk)
         self.region[:8] = _DELIVERED
 
 
@@ -804,7 +837,6 @@ def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
 
 def _outcome(call: _Call) -> Any:
     """Return or raise what the child delivered, or say what became of it."""
-    assert call.region is not None
     progress, kind, count, length, in_bulk = _HEADER.unpack_from(call.region)
     name = _name(call.function)
     if progress != _DELIVERED:
@@ -971,7 +1003,7 @@ def _log(call: _Call) -> None:
     if _logger.isEnabledFor(logging.DEBUG):
         error = sys.exc_info()[0]
         outcome = "returned" if error is None else f"raised {error.__name__}"
-        pid = call.pids[0] if call.pids else None
+        pid = call.pid.get("pid")
         seconds = time.monotonic() - call.started
         message = "%s in child %s %s after %.6f s, %d bytes returned"
         _logger.debug(message, _name(call.function), pid, outcome, seconds, call.received)
