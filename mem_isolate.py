@@ -222,11 +222,10 @@ _IN_SUBINTERPRETER = _get_interpreter() != _MAIN_INTERPRETER
 _FREE_THREADED = "t" in sys.abiflags
 
 
-def _only_thread() -> int:
-    """The address of the interpreter's only thread state; 0 if there are more, which C code may have made too."""
+def _other_threads() -> bool:
+    """Whether the interpreter knows another thread: also one that C code made, which ``threading`` misses."""
     interpreter = _first_interpreter()
-    thread: int = _first_thread(interpreter)
-    return 0 if _next_interpreter(interpreter) or _next_thread(thread) else thread
+    return bool(_next_interpreter(interpreter) or _next_thread(_first_thread(interpreter)))
 
 
 def _find_child_hooks() -> list[Any]:
@@ -326,7 +325,6 @@ class _Call:
         self.mask = ctypes.create_string_buffer(128)
         _libc_sigmask(_SIG_BLOCK, None, self.mask)
         self.pid: dict[str, int] = {}  # 0 in the child
-        self.repaired: list[Any] = []  # not empty in a child that had company
         # Lists of at most one, for _keep and _drain:
         self.mapping: list[int] = []  # the address of the region
         self.bulk: list[int] = []  # the descriptor
@@ -344,8 +342,7 @@ class _Call:
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function (or ``run``), and does not return from here."""
-        self.only_thread = _only_thread()
-        self.threaded = not self.only_thread
+        self.threaded = _other_threads()
         if _IN_SUBINTERPRETER:
             raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
         if _FREE_THREADED and self.threaded:
@@ -368,7 +365,6 @@ class _Call:
         except (OSError, MemoryError) as error:
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
         self.hooks = _child_hooks[:]
-        _keep(self.import_lock, _imp.acquire_lock)  # PyOS_AfterFork_Child expects it held, and releases it
         self.fork()
         if self.pid["pid"] == 0:
             _be_the_child(self, run or self.function, args, kwargs)
@@ -381,19 +377,20 @@ class _Call:
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
 
     def fork(self) -> None:
-        """Fork, and in a child that had company run CPython's own repair, all in one step of C.
+        """Fork, and in a child that has lost other threads run CPython's own repair, all in one step of C.
 
         The child may not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
-        thread that does not exist there, and would wait for it for ever. So iterators of C do it: ``children`` yields
-        in the child only, ``company`` only if the child's list of threads has another one at its head than ours alone.
-        The repair would run the hooks for the child: their list is emptied for it.
+        thread that does not exist there, and would wait for it for ever. So iterators of C do it, of which
+        ``children`` yields in the child only. The repair would run the hooks too, so it is given an empty list.
         """
         forks = map(functools.partial(self.pid.setdefault, "pid"), itertools.starmap(_libc_fork, ((),)))
+        if not self.threaded:
+            any(forks)
+            return
+        _keep(self.import_lock, _imp.acquire_lock)  # the repair expects it held, and releases it
         children = itertools.filterfalse(None, forks)
-        heads = map(_first_thread, itertools.repeat(_MAIN_INTERPRETER), children)
-        company = itertools.filterfalse(self.only_thread.__eq__, heads)
         emptied = map(_child_hooks.__delitem__, itertools.repeat(slice(None)))
-        self.repaired.extend(itertools.starmap(pythonapi.PyOS_AfterFork_Child, zip(company, emptied)))
+        any(itertools.starmap(pythonapi.PyOS_AfterFork_Child, zip(children, emptied)))
 
     def hold_logging(self) -> None:
         """Take the lock of logging and of every handler, so that no thread is in the middle of a record at the fork.
@@ -563,10 +560,8 @@ def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ..
                 _libc_prctl(_PR_SET_PDEATHSIG, 9)
                 if _getppid() != call.parent:  # it died before that
                     _libc_exit(1)
-            if call.repaired:
+            if call.threaded:
                 _repair_after_threads(call)
-            else:
-                _imp.release_lock()
             _set_wakeup_fd(-1)  # the parent's event loop listens there
             if "asyncio" in sys.modules:
                 _leave_event_loop(sys.modules["asyncio"])
