@@ -1089,3 +1089,103 @@ def _check_limits(timeout: Any, memory_limit: Any) -> None:
             raise ValueError(f"memory_limit must be positive, not {memory_limit!r}; None means no limit")
         if not sys.platform.startswith("linux"):
             raise NotImplementedError("memory_limit needs Linux, whose RLIMIT_DATA bounds all private memory")
+
+
+# ------------------------------------------------------------------------------------- The tour: python3 mem_isolate.py
+
+
+def _tour() -> int:
+    """Show the main job on this machine, a line for each thing tried; return 0 only if each did what it should."""
+    import random
+
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    state = {"changed": False}
+
+    def resident() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * _PAGE >> 20
+
+    def leak() -> str:
+        size = 256 << 20
+        ctypes.memset(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size))), 1, size)
+        return f"the child grew to {resident()} MiB"
+
+    def crash() -> None:
+        ctypes.string_at(0)
+
+    def change() -> float:
+        state["changed"] = True
+        return random.random()
+
+    def fail() -> None:
+        {}["no such key"]
+
+    def hoard() -> None:
+        bytearray(1 << 30)
+
+    def leaks() -> tuple[bool, str]:
+        before, said = resident(), execute_in_isolated_process(leak)
+        return resident() - before < 8, f"{said}; the parent had {before} MiB before and {resident()} MiB after"
+
+    def crashes() -> tuple[bool, str]:
+        try:
+            return False, f"returned {execute_in_isolated_process(crash)}"
+        except KilledBySignalError as error:
+            return error.signal == signal.SIGSEGV, f"{type(error).__name__}: {error}"
+
+    def changes() -> tuple[bool, str]:
+        same = execute_in_isolated_process(change) == execute_in_isolated_process(change) == random.random()
+        return same and not state["changed"], f"the parent's global is still {state}, and its generator where it was"
+
+    def fails() -> tuple[bool, str]:
+        try:
+            return False, f"returned {execute_in_isolated_process(fail)}"
+        except KeyError as error:
+            lines = str(error.__cause__).strip().strip('"').strip().splitlines()
+            return "in fail" in str(error.__cause__), "\n".join([f"{error!r}, and the child's traceback:", *lines])
+
+    def returns() -> tuple[bool, str]:
+        result = execute_in_isolated_process(lambda: os.urandom(1 << 20) * 64)
+        return len(result) == 64 << 20, f"got {len(result) >> 20} MiB"
+
+    def hangs() -> tuple[bool, str]:
+        try:
+            return False, f"returned {isolated(time.sleep, timeout=0.3)(60)}"
+        except CallableTimeoutError as error:
+            return True, f"{type(error).__name__}: {error}"
+
+    def hoards() -> tuple[bool, str]:
+        try:
+            return False, f"returned {isolated(hoard, memory_limit=256 << 20)()}"
+        except MemoryError as error:
+            return True, f"{error!r} in the child, raised here"
+
+    steps: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
+        ("leak 256 MiB of C memory", leaks),
+        ("segfault", crashes),
+        ("change a global and the random state", changes),
+        ("raise an exception", fails),
+        ("return 64 MiB", returns),
+        ("sleep 60 s, with timeout=0.3", hangs),
+        ("take 1 GiB, with memory_limit=256 MiB", hoards),
+    ]
+    if not sys.platform.startswith("linux"):
+        steps = [step for step in steps if step[1] not in (leaks, hoards)]  # they need /proc and RLIMIT_DATA
+    print(f"mem_isolate {__version__} on Python {sys.version.split()[0]}, {os.uname().sysname} {os.uname().release}")
+    failures = 0
+    for title, step in steps:
+        started = time.perf_counter()
+        try:
+            good, said = step()
+        except Exception as error:
+            good, said = False, f"{type(error).__name__}: {error}"
+        milliseconds = (time.perf_counter() - started) * 1000
+        failures += not good
+        print(f"{'ok  ' if good else 'FAIL'} {title} ({milliseconds:.1f} ms): " + said.replace("\n", "\n         "))
+    print(f"{failures} of {len(steps)} did not do what they should" if failures else "This platform is supported.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_tour())
