@@ -328,11 +328,10 @@ class _Call:
         self.timeout = timeout
         self.memory_limit = memory_limit
         self.started = time.monotonic()
-        self.parent = os.getpid()
         self.recursion_limit = _getrecursionlimit()
         self.mask = ctypes.create_string_buffer(128)
         _libc_sigmask(_SIG_BLOCK, None, self.mask)
-        self.pid: dict[str, int] = {}  # 0 in the child
+        self.pids = {"parent": os.getpid()}  # and "child", which is 0 in the child
         # Lists of at most one, for _keep and _drain:
         self.mapping: list[int] = []  # the address of the region
         self.bulk: list[int] = []  # the descriptor
@@ -374,29 +373,29 @@ class _Call:
         except (OSError, MemoryError) as error:
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
         self.hooks = _child_hooks[:]
-        self.fork()
-        if self.pid["pid"] == 0:
+        if self.threaded:
+            self.fork_among_threads()
+        else:
+            self.pids["child"] = _libc_fork()
+        if self.pids["child"] == 0:
             _be_the_child(self, run or self.function, args, kwargs)
         code = ctypes.get_errno()
         self.release_locks()
-        if self.pid["pid"] < 0:
+        if self.pids["child"] < 0:
             cause = OSError(code, os.strerror(code))
             raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
-        _watch_end(self.pid["pid"], self.watch)
+        _watch_end(self.pids["child"], self.watch)
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
 
-    def fork(self) -> None:
-        """Fork, and in a child that has lost other threads run CPython's own repair, all in one step of C.
+    def fork_among_threads(self) -> None:
+        """Fork, and in the child run CPython's own repair of the interpreter, all in one step of C.
 
         The child may not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
         thread that does not exist there, and would wait for it for ever. So iterators of C do it, of which
         ``children`` yields in the child only. The repair would run the hooks too, so it is given an empty list.
         """
-        forks = map(functools.partial(self.pid.setdefault, "pid"), itertools.starmap(_libc_fork, ((),)))
-        if not self.threaded:
-            any(forks)
-            return
         _keep(self.import_lock, _imp.acquire_lock)  # the repair expects it held, and releases it
+        forks = map(functools.partial(self.pids.setdefault, "child"), itertools.starmap(_libc_fork, ((),)))
         children = itertools.filterfalse(None, forks)
         emptied = map(_child_hooks.__delitem__, itertools.repeat(slice(None)))
         any(itertools.starmap(pythonapi.PyOS_AfterFork_Child, zip(children, emptied)))
@@ -477,7 +476,7 @@ class _Call:
         """Wait for the child, or look with ``os.WNOHANG``; whether it is gone."""
         while not self.gone:
             waitpid = _libc_waitpid_nohang if options == os.WNOHANG else _libc_waitpid
-            pid = waitpid(self.pid["pid"], ctypes.byref(self.status), options)
+            pid = waitpid(self.pids["child"], ctypes.byref(self.status), options)
             if pid == 0:
                 return False
             if pid < 0:
@@ -497,18 +496,18 @@ class _Call:
                 ):  # cannot hit a process that got the pid after somebody reaped ours
                     _pidfd_send_signal(self.watch[0], signal.SIGKILL)
                 else:
-                    os.kill(self.pid["pid"], signal.SIGKILL)
+                    os.kill(self.pids["child"], signal.SIGKILL)
             self.reap()
 
     # -- giving back
 
     def end(self) -> None:
         """Give back all that is still held. What an exception of a signal handler cuts short, a second call goes on with."""
-        if self.pid.get("pid") == 0:
+        if self.pids.get("child") == 0:
             _libc_exit(1)  # the child never returns into the caller's code
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
         self.release_locks()
-        if self.pid.get("pid", -1) > 0:
+        if self.pids.get("child", -1) > 0:
             self.kill()
         _drain(self.watch, _libc_close)
         _drain(self.bulk, _libc_close if self.received <= _REGION_SIZE else os.close)  # freeing much takes a while
@@ -581,7 +580,7 @@ def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ..
             pid = _getpid()
             if _libc_prctl is not None:
                 _libc_prctl(_PR_SET_PDEATHSIG, 9)
-                if _getppid() != call.parent:  # it died before that
+                if _getppid() != call.pids["parent"]:  # it died before that
                     _libc_exit(1)
             if call.threaded or not call.flushed:
                 _renew_streams()
@@ -766,7 +765,7 @@ class _Sink:
         """The descriptor of the bulk: the parent's, opened anew, since the callable may have closed or reused the child's."""
         number = self.call.bulk[0]
         try:
-            path = f"/proc/{self.call.parent}/fd/{number}"
+            path = f"/proc/{self.call.pids['parent']}/fd/{number}"
             with open(path, "r+b", buffering=0) as file:
                 return fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not where stdout should be
         except OSError:  # no /proc, or no permission
@@ -1058,7 +1057,7 @@ def _log(call: _Call) -> None:
     if _logger.isEnabledFor(logging.DEBUG):
         error = sys.exc_info()[0]
         outcome = "returned" if error is None else f"raised {error.__name__}"
-        pid = call.pid.get("pid")
+        pid = call.pids.get("child")
         seconds = time.monotonic() - call.started
         message = "%s in child %s %s after %.6f s, %d bytes returned"
         _logger.debug(message, _name(call.function), pid, outcome, seconds, call.received)
