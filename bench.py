@@ -731,6 +731,7 @@ def machine():
     processor = line_of("/proc/cpuinfo", "model name").partition(":")[2].strip() or platform.processor() or "unknown"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    load = os.getloadavg()[0]
     has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     huge_pages = line_of("/sys/kernel/mm/transparent_hugepage/enabled", "[").partition("[")[2].partition("]")[0]
     return {
@@ -740,7 +741,7 @@ def machine():
         "Python": f"{platform.python_implementation()} {platform.python_version()}{'' if has_gil else ', without GIL'}",
         "NumPy": numpy_version() if HAS_NUMPY else "not installed: no rows with an ndarray",
         "mem_isolate": mem_isolate.__version__,
-        "load": f"{os.getloadavg()[0]:.2f} when this began",
+        "load": f"{load:.2f} when this began{', too much for times to be trusted' if load > 0.75 * cores else ''}",
     }
 
 

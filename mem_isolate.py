@@ -14,6 +14,7 @@ The file reads from top to bottom: errors, libc, the call and what it holds, the
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import copyreg
 import errno
@@ -143,16 +144,20 @@ class CallableStatusUnknownError(MemIsolateError):
 class KilledBySignalError(CallableStatusUnknownError):
     """A signal ended the child while the callable was running: ``signal``."""
 
+    signal: signal.Signals
+
 
 class UnexpectedExitStatusError(CallableStatusUnknownError):
     """The child ended by ``os._exit``, ``exec`` or the like while the callable was running: ``exit_status``."""
+
+    exit_status: int
 
 
 class CallableTimeoutError(CallableStatusUnknownError, TimeoutError):
     """The call did not end within ``timeout`` seconds; the child was killed."""
 
     #: The limit, in seconds.
-    timeout: float | None = None
+    timeout: float
 
 
 class WaitError(CallableStatusUnknownError):
@@ -368,8 +373,7 @@ class _Call:
             self.region = _memoryview(self.mapping[0], _REGION_SIZE, _PYBUF_WRITE)
             self.region[:8] = _NOT_STARTED
             _make_bulk(self.bulk)
-            self.sink = _Sink(self)
-            self.dump = pickle.Pickler(self.sink, 5, buffer_callback=self.sink.keep_out_of_band).dump
+            self.prepare()
         except (OSError, MemoryError) as error:
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
         self.hooks = _child_hooks[:]
@@ -386,6 +390,11 @@ class _Call:
             raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
         _watch_end(self.pids["child"], self.watch)
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
+
+    def prepare(self) -> None:
+        """Make what the child needs to deliver a result: what is made here costs it no memory."""
+        self.sink = _Sink(self)
+        self.dump = pickle.Pickler(self.sink, 5, buffer_callback=self.sink.keep_out_of_band).dump
 
     def fork_among_threads(self) -> None:
         """Fork, and in the child run CPython's own repair of the interpreter, all in one step of C.
@@ -633,7 +642,7 @@ def _limit_memory(call: _Call, extra: int) -> None:
     with open("/proc/self/statm") as statm:
         data = int(statm.read().split()[5]) * _PAGE
     call.data_limits = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [limit for limit in (data + extra, soft, hard) if limit != resource.RLIM_INFINITY]
+    limits = [limit for limit in (data + extra, soft, hard, sys.maxsize) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
@@ -651,12 +660,14 @@ def _leave_event_loop(asyncio: Any) -> None:
         asyncio._set_running_loop(None)
 
 
-def _run_coroutine(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run_coroutine(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call a function in the child and, if it is an ``async def`` one, run what it returns in a fresh event loop."""
+    value = function(*args, **kwargs)
+    if not isinstance(value, collections.abc.Coroutine):
+        return value
     import asyncio
 
-    value = function(*args, **kwargs)
-    return asyncio.run(value) if asyncio.iscoroutine(value) else value
+    return asyncio.run(value)
 
 
 # Locks of the standard library's own modules that another thread may hold at any moment.
@@ -800,7 +811,9 @@ class _ExceptionPickler(pickle.Pickler):
         cls = type(obj)
         if not isinstance(obj, BaseException) or cls in copyreg.dispatch_table:
             return NotImplemented
-        if cls.__reduce__ is not _builtin_base(cls).__reduce__ or vars(object)["__reduce_ex__"] is not getattr(cls, "__reduce_ex__", None):
+        if cls.__reduce__ is not _builtin_base(cls).__reduce__ or vars(object)["__reduce_ex__"] is not getattr(
+            cls, "__reduce_ex__", None
+        ):
             return NotImplemented  # the class knows better
         return _new_exception, (cls, obj.__reduce__()[1]), _exception_state(obj), None, None, _set_exception_state
 
@@ -879,6 +892,18 @@ def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
     return itertools.accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
 
 
+def _warm_up() -> None:
+    """Deliver a few times to nobody, so that children find the interpreter's caches filled, and do not copy pages for it.
+
+    Without this a trivial call costs the child some 20 page faults more.
+    """
+    call = _Call(_warm_up)
+    call.region = memoryview(bytearray(_REGION_SIZE))
+    for _ in range(16):
+        call.prepare()
+        _deliver_outcome(call, None, None)
+
+
 # -------------------------------------------------------------------------------------------------------- The parent
 
 
@@ -893,6 +918,8 @@ def _outcome(call: _Call) -> Any:
         unpickler = pickle.Unpickler(file, buffers=buffers)
         first = unpickler.load()
     except Exception as error:
+        if _came_from_a_signal_handler(error):
+            raise
         raise DeserializationError(f"{name} returned, but rebuilding its result raised {_say(error)}") from error
     if kind == _RESULT:
         return first
@@ -902,6 +929,8 @@ def _outcome(call: _Call) -> Any:
             raise TypeError(f"it unpickles to {type(second).__qualname__}")
         _set_exception_state(second, state)
     except Exception as error:
+        if _came_from_a_signal_handler(error):
+            raise
         if kind == _RAISED:
             message = f"{name} raised an exception that does not unpickle ({_say(error)}):\n{first}"
             raise SerializationError(message) from error
@@ -913,6 +942,11 @@ def _outcome(call: _Call) -> Any:
             del second  # it refers to this frame through its traceback
     failures = {_UNPICKLABLE: SerializationError, _UNWRITTEN: ResultDeliveryError, _SETUP_FAILED: ChildSetupError}
     raise failures[kind](f"{name}: {first}") from second
+
+
+def _came_from_a_signal_handler(error: BaseException) -> bool:
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _failure(call: _Call, progress: bytes, name: str) -> MemIsolateError:
@@ -971,7 +1005,23 @@ def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> tuple[Any, 
     if staying >= 0:
         stream = io.BytesIO(stream.read(length))
         buffers[staying] = _map_alone(bulk, offsets[staying], largest) or _read(bulk, offsets[staying], largest)
-    return io.BufferedReader(stream, 1 << 17) if isinstance(stream, _BulkReader) else stream, buffers
+    elif in_bulk and _seal(bulk):
+        stream = io.BufferedReader(stream, 1 << 17)
+    elif in_bulk:
+        stream = io.BytesIO(_read(bulk, 0, length))
+    return stream, buffers
+
+
+def _seal(bulk: int) -> bool:
+    """Make the bulk unchangeable; False where the system cannot, or somebody has it mapped for writing.
+
+    A process that the callable left behind may hold its descriptor, and could change a result while it is in use here.
+    """
+    try:
+        fcntl.fcntl(bulk, _F_ADD_SEALS, _F_SEAL_EVERYTHING)
+    except OSError:
+        return False
+    return True
 
 
 class _BulkReader(io.RawIOBase):
@@ -1006,10 +1056,7 @@ def _read(bulk: int, offset: int, length: int) -> memoryview:
 
 
 def _map_alone(bulk: int, offset: int, length: int) -> memoryview | None:
-    """Map a piece of the bulk privately and free the rest of it; None where the system cannot seal it for that.
-
-    Without the seals a process that the callable left behind could still write to the pages that we did not touch.
-    """
+    """Map a piece of the bulk privately and free the rest of it; None where it cannot be sealed for that."""
     if _libc_fallocate is None:
         return None
     end = offset + -(-length // _PAGE) * _PAGE
@@ -1017,9 +1064,7 @@ def _map_alone(bulk: int, offset: int, length: int) -> memoryview | None:
         if size > 0:
             mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
             _libc_fallocate(bulk, mode, ctypes.c_long(start), ctypes.c_long(size))
-    try:
-        fcntl.fcntl(bulk, _F_ADD_SEALS, _F_SEAL_EVERYTHING)
-    except OSError:
+    if not _seal(bulk):
         return None
     if os.fstat(bulk).st_size < offset + length:
         raise EOFError("the result was cut short")
@@ -1031,6 +1076,9 @@ def _map_alone(bulk: int, offset: int, length: int) -> memoryview | None:
     if _libc_mmap(address, length, writable, mmap.MAP_PRIVATE | _MAP_FIXED, bulk, offset) != address:
         raise OSError(ctypes.get_errno(), "the result could not be mapped")
     return memoryview(memory)
+
+
+_warm_up()
 
 
 def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -1151,8 +1199,12 @@ def _check_limits(timeout: Any, memory_limit: Any) -> None:
     if timeout is not None:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float, numbers.Real)):
             raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
-        if not 0 < float(timeout) < math.inf:
-            raise ValueError(f"timeout must be positive and finite, not {timeout!r}; None means no limit")
+        try:
+            seconds = float(timeout)
+        except OverflowError:
+            seconds = math.inf
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"timeout must be positive and finite, not {seconds}; None means no limit")
     if memory_limit is not None:
         if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
             raise TypeError(f"memory_limit must be an int of bytes or None, not {memory_limit!r}")
