@@ -283,7 +283,8 @@ def _flush(*streams: Any) -> bool:
     flushed = True
     for stream in streams:
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except Exception:
             flushed = False
     for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
@@ -329,6 +330,7 @@ class _Call:
     ) -> None:
         if not callable(function):
             raise TypeError(f"expected a callable, not {type(function).__name__}")
+        _need_frames(16)
         self.function = function
         self.timeout = timeout
         self.memory_limit = memory_limit
@@ -567,6 +569,12 @@ def _wake(ended: asyncio.Future[None]) -> None:
         ended.set_result(None)
 
 
+def _need_frames(count: int) -> None:
+    """Raise RecursionError while nothing is held yet, if what follows would meet the recursion limit half-way."""
+    if count:
+        _need_frames(count - 1)
+
+
 def _finish(call: _Call) -> None:
     """End a call for certain: each exception of a signal handler that cuts it short is raised after another try."""
     try:
@@ -583,10 +591,9 @@ def _finish(call: _Call) -> None:
 
 def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
     """Run the callable and deliver its outcome. Signals are blocked but while the callable runs."""
-    region = call.region
+    region, pid = call.region, _getpid()
     try:
         try:
-            pid = _getpid()
             if _libc_prctl is not None:
                 _libc_prctl(_PR_SET_PDEATHSIG, 9)
                 if _getppid() != call.pids["parent"]:  # it died before that
@@ -633,6 +640,11 @@ def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ..
         if sys.stdout is not stdout or sys.stderr is not stderr:
             _flush(sys.stdout, sys.stderr)
         _libc_exit(0)
+    except BaseException as error:  # three handlers raised, one after the other, or something is broken
+        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
+        if _getpid() == pid and region[:8] != _DELIVERED:
+            _deliver_outcome(call, None, error)
+            _libc_exit(0)
     finally:
         _libc_exit(1)
     raise AssertionError("_exit returned")
@@ -716,7 +728,8 @@ def _renew_streams() -> None:
 
     What the parent could not write yet is the parent's to write; and another thread may have been printing.
     """
-    fresh = {id(stream): _fresh(stream) for stream in (sys.stdout, sys.stderr)}
+    pairs = [(stream, _fresh(stream)) for stream in (sys.stdout, sys.stderr)]
+    fresh = {id(old): new for old, new in pairs if new is not old}
     for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
         stream = getattr(sys, name)
         if id(stream) in fresh:
@@ -865,11 +878,11 @@ def _deliver_outcome(call: _Call, value: Any, failure: BaseException | None) -> 
             _deliver_exception(call, _RAISED, text, failure, {})
     except BaseException as error:
         what = f"it raised {type(failure).__qualname__}, which cannot be pickled"
-        _deliver_failure(call, _UNPICKLABLE, what, error, text)
+        _deliver_failure(call, _UNWRITTEN if call.sink.failed else _UNPICKLABLE, what, error, text)
 
 
 def _deliver_exception(call: _Call, kind: int, text: str, error: BaseException | None, state: dict[str, Any]) -> None:
-    sink = _Sink(call)
+    sink = call.sink = _Sink(call)
     pickler = _ExceptionPickler(sink, 5, buffer_callback=sink.keep_out_of_band)
     pickler.dump(text)
     pickler.dump((error, state))
@@ -879,7 +892,7 @@ def _deliver_exception(call: _Call, kind: int, text: str, error: BaseException |
 def _deliver_failure(call: _Call, kind: int, what: str, error: BaseException, text: str = "") -> None:
     """Deliver what went wrong in the child itself, with its cause if that can be pickled."""
     if kind == _UNWRITTEN:
-        what = "its outcome could not be written"
+        what, text = "its outcome could not be written", ""  # which fits into the region
     message = f"{what}: {_say(error)}" + (text and f"\n{text}")
     try:
         _deliver_exception(call, kind, message, error, {})
