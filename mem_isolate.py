@@ -37,7 +37,8 @@ import threading
 import time
 import traceback
 import types
-from typing import TYPE_CHECKING, Any, Callable, Coroutine, Iterable, Iterator, NoReturn, TypeVar, overload
+
+TYPE_CHECKING = False  # importing typing would take longer than all the rest
 
 if sys.platform == "win32":
     raise ImportError("mem_isolate needs fork(2), which Windows does not have; run it under WSL or Linux")
@@ -54,11 +55,17 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import asyncio
+    from typing import Any, Callable, Coroutine, Iterable, Iterator, NoReturn, TypeVar, overload
 
     from typing_extensions import ParamSpec
 
     P = ParamSpec("P")
-R = TypeVar("R")
+    R = TypeVar("R")
+else:
+
+    def overload(function):
+        return function
+
 
 __version__ = "1.0.0"
 __all__ = [
@@ -513,7 +520,7 @@ class _Call:
     # -- giving back
 
     def end(self) -> None:
-        """Give back all that is still held. What an exception of a signal handler cuts short, a second call goes on with."""
+        """Give back all that is still held; a second call goes on with what a signal handler's exception cut short."""
         if self.pids.get("child") == 0:
             _libc_exit(1)  # the child never returns into the caller's code
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
@@ -742,7 +749,7 @@ def _renew_streams() -> None:
 
 
 def _fresh(stream: Any) -> Any:
-    """A text stream like this one, with nothing in its buffer and its locks free; the same one where it is a special one."""
+    """A text stream like this one, but with an empty buffer and its locks free; the same one if it is not a plain one."""
     if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
         with contextlib.suppress(OSError, ValueError):
             raw = io.FileIO(stream.fileno(), "w", closefd=False)
@@ -786,7 +793,7 @@ class _Sink:
 
     @functools.cached_property
     def bulk(self) -> int:
-        """The descriptor of the bulk: the parent's, opened anew, since the callable may have closed or reused the child's."""
+        """The bulk's descriptor: the parent's, opened anew, since the callable may have closed or reused the child's."""
         number = self.call.bulk[0]
         try:
             path = f"/proc/{self.call.pids['parent']}/fd/{number}"
@@ -818,7 +825,7 @@ class _Sink:
 
 
 class _ExceptionPickler(pickle.Pickler):
-    """Pickles exceptions so that they are rebuilt without ``__init__``, which may want other arguments than ``args``."""
+    """Pickles exceptions to be rebuilt without ``__init__``, which may want other arguments than ``args``."""
 
     def reducer_override(self, obj: Any) -> Any:
         cls = type(obj)
@@ -901,7 +908,7 @@ def _deliver_failure(call: _Call, kind: int, what: str, error: BaseException, te
 
 
 def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
-    """Where the buffers are in the bulk: behind its stream, each on pages of its own, so that it can be mapped alone."""
+    """Where the buffers are in the bulk: behind its stream, each on pages of its own, so that one can be mapped."""
     return itertools.accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
 
 
@@ -1173,8 +1180,8 @@ def isolated(
 def isolated(function: Any = None, /, *, timeout: float | None = None, memory_limit: int | None = None) -> Any:
     """Make a function run isolated at every call: ``@isolated``, or ``@isolated(timeout=10, memory_limit=2**30)``.
 
-    ``timeout``: seconds of wall clock for the whole call, a positive real number; when they are over the child is killed
-    and `CallableTimeoutError` raised. ``memory_limit``: bytes of private memory that the callable may add to what the
+    ``timeout``: seconds of wall clock for the whole call, a positive real number; when they are over the child is
+    killed and `CallableTimeoutError` raised. ``memory_limit``: bytes of private memory that the callable may add to what the
     process has at the call, a positive int (Linux; elsewhere `NotImplementedError`); Python code that wants more gets
     `MemoryError`. A bad value is a `TypeError` or `ValueError` here, not at the call.
 
@@ -1297,7 +1304,7 @@ def _resident(pagemap: int, start: int, end: int) -> int:
 def _collapse(block: int) -> bool:
     done: bool = _libc_madvise(block, _HUGE_PAGE, _MADV_COLLAPSE) == 0
     if not done and ctypes.get_errno() in (errno.EINVAL, errno.EAGAIN):
-        # Older kernels (6.12 is one) want a page writable, and a fork leaves none. This makes it so and changes nothing.
+        # Older kernels (6.12 is one) want a page writable, and a fork leaves none. This makes one so, unchanged.
         _libc_madvise(block, mmap.PAGESIZE, _MADV_POPULATE_WRITE)
         done = _libc_madvise(block, _HUGE_PAGE, _MADV_COLLAPSE) == 0
     return done
