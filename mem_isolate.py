@@ -749,7 +749,7 @@ def _renew_streams() -> None:
 
 
 def _fresh(stream: Any) -> Any:
-    """A text stream like this one, but with an empty buffer and its locks free; the same one if it is not a plain one."""
+    """A text stream like this one, but with an empty buffer and free locks; the same one if it is not a plain one."""
     if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
         with contextlib.suppress(OSError, ValueError):
             raw = io.FileIO(stream.fileno(), "w", closefd=False)
@@ -793,7 +793,7 @@ class _Sink:
 
     @functools.cached_property
     def bulk(self) -> int:
-        """The bulk's descriptor: the parent's, opened anew, since the callable may have closed or reused the child's."""
+        """The bulk's descriptor: the parent's, opened anew, for the callable may have closed or reused the child's."""
         number = self.call.bulk[0]
         try:
             path = f"/proc/{self.call.pids['parent']}/fd/{number}"
@@ -908,14 +908,14 @@ def _deliver_failure(call: _Call, kind: int, what: str, error: BaseException, te
 
 
 def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
-    """Where the buffers are in the bulk: behind its stream, each on pages of its own, so that one can be mapped."""
+    """Where the buffers are in the bulk: behind its stream, each on pages of its own, so that it can be mapped."""
     return itertools.accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
 
 
 def _warm_up() -> None:
-    """Deliver a few times to nobody, so that children find the interpreter's caches filled, and do not copy pages for it.
+    """Deliver a few times to nobody, so that children find the interpreter's caches filled.
 
-    Without this a trivial call costs the child some 20 page faults more.
+    Each child would else fill them for itself, which costs a trivial call some 10 page faults.
     """
     call = _Call(_warm_up)
     call.region = memoryview(bytearray(_REGION_SIZE))
@@ -1181,9 +1181,9 @@ def isolated(function: Any = None, /, *, timeout: float | None = None, memory_li
     """Make a function run isolated at every call: ``@isolated``, or ``@isolated(timeout=10, memory_limit=2**30)``.
 
     ``timeout``: seconds of wall clock for the whole call, a positive real number; when they are over the child is
-    killed and `CallableTimeoutError` raised. ``memory_limit``: bytes of private memory that the callable may add to what the
-    process has at the call, a positive int (Linux; elsewhere `NotImplementedError`); Python code that wants more gets
-    `MemoryError`. A bad value is a `TypeError` or `ValueError` here, not at the call.
+    killed and `CallableTimeoutError` raised. ``memory_limit``: bytes of private memory that the callable may add to
+    what the process has at the call, a positive int (Linux; elsewhere `NotImplementedError`); Python code that wants
+    more gets `MemoryError`. A bad value is a `TypeError` or `ValueError` here, not at the call.
 
     Functions, ``async def`` functions, methods, static and class methods and other callables keep their signature,
     name and docs. The result is a plain function: it can be pickled where its name leads to it, as decorating does.
