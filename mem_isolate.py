@@ -320,6 +320,8 @@ _LONGEST_WAIT = 1.0  # seconds; see _Call.wait
 _getpid, _getppid, _freeze, _set_wakeup_fd = os.getpid, os.getppid, gc.freeze, signal.set_wakeup_fd
 _gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
 _getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
+_turns = threading.RLock()  # held by the thread that is about to fork
+_acquire_turn = operator.methodcaller("acquire", True, 5)
 _acquire_soon = operator.methodcaller("acquire", True, 0.05)
 _release = operator.methodcaller("release")
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
@@ -351,6 +353,7 @@ class _Call:
         self.bulk: list[int] = []  # the descriptor
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
         self.import_lock: list[None] = []
+        self.turn: list[Any] = []
         self.logging_locks: list[Any] = []
         self.threaded = False
         self.gone = False
@@ -424,6 +427,7 @@ class _Call:
         Threads may hold one while they wait for another, and a handler may be stuck: so all are given back and tried
         again when one is not to be had soon, and in the end it goes without (as bpo-36533 taught CPython itself).
         """
+        self.turn.extend(filter(_acquire_turn, [_turns]))  # or calls from several threads would compete for the rest
         handlers = [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
         locks = [logging._lock, *(getattr(handler, "lock", None) for handler in handlers)]  # type: ignore[attr-defined]
         locks = [lock for lock in locks if isinstance(lock, _LOCK_TYPES)]
@@ -439,6 +443,7 @@ class _Call:
                 _imp.release_lock()
             self.import_lock.clear()
         _drain(self.logging_locks, _release)
+        _drain(self.turn, _release)
 
     # -- waiting
 
@@ -714,15 +719,18 @@ def _repair_after_threads(call: _Call) -> None:
     bootstrap._blocking_on.clear()
     # 3. threading: only this thread is left, and it is the main thread.
     threading._after_fork()  # type: ignore[attr-defined]
-    # 4. Logging: a lock that was not to be had in time is made anew.
+    # 4. Logging: a lock that was not to be had in time is made anew; logging's own first, which createLock takes.
     held = set(map(id, call.logging_locks))
+    if id(logging._lock) not in held:  # type: ignore[attr-defined]
+        logging._lock = threading.RLock()  # type: ignore[attr-defined]
     for reference in list(logging._handlerList):  # type: ignore[attr-defined]
         handler = reference()
         if isinstance(getattr(handler, "lock", None), _LOCK_TYPES) and id(handler.lock) not in held:
             handler.createLock()
-    if id(logging._lock) not in held:  # type: ignore[attr-defined]
-        logging._lock = threading.RLock()  # type: ignore[attr-defined]
-    _drain(call.logging_locks, _release)
+    global _turns
+    if not call.turn:
+        _turns = threading.RLock()
+    call.release_locks()
     # 5. Single locks.
     for module_name, name in _STANDARD_LOCKS:
         module = sys.modules.get(module_name)
