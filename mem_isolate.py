@@ -708,7 +708,7 @@ _retired: list[Any] = []
 
 def _repair_after_threads(call: _Call) -> None:
     """Free the child from what the threads that it does not have were doing at the fork."""
-    # 1. The interpreter itself is repaired already (_Call.fork). The hooks are put back, for what the callable forks.
+    # 1. The interpreter itself is repaired already (_Call.fork_among_threads). The hooks are put back, for what the callable forks.
     _child_hooks[:] = call.hooks
     # 2. Imports: a module that another thread was in the middle of importing is imported anew.
     bootstrap: Any = sys.modules["_frozen_importlib"]
