@@ -2844,6 +2844,37 @@ def parents_killed(caller, moment, repeat):
     assert [sorted(os.listdir(folder)) for folder in folders if folder.exists()] == before
 
 
+def parent_killed_before_its_child_is_ready():
+    become_the_reaper_of_orphans()
+    progress = shared_numbers(2)
+    victim = os.fork()
+    if victim == 0:
+        caller, fork = os.getpid(), mem_isolate._libc_fork
+
+        def fork_and_be_late():
+            pid = fork()
+            if pid == 0:
+                progress[0] = 1
+                wait_until(lambda: os.getppid() != caller)
+            return pid
+
+        def start():
+            progress[1] = 1
+            time.sleep(600)
+
+        mem_isolate._libc_fork = fork_and_be_late
+        execute_in_isolated_process(start)
+    wait_until(lambda: progress[0])
+    os.kill(victim, signal.SIGKILL)
+    reap_all_within(5)
+    assert not progress[1], "the callable was started for nobody"
+
+
+@linux_only
+def test_child_that_is_forked_by_a_dying_parent_does_not_start():
+    in_fresh_process(parent_killed_before_its_child_is_ready)
+
+
 @linux_only
 @pytest.mark.parametrize("caller", ["main", "thread"])
 def test_child_dies_with_its_parent(tmp_path, caller):
