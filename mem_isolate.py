@@ -708,7 +708,7 @@ _retired: list[Any] = []
 
 def _repair_after_threads(call: _Call) -> None:
     """Free the child from what the threads that it does not have were doing at the fork."""
-    # 1. The interpreter itself is repaired already (_Call.fork_among_threads). The hooks are put back, for what the callable forks.
+    # 1. The interpreter itself is repaired already (_Call.fork_among_threads). The hooks go back, for later forks.
     _child_hooks[:] = call.hooks
     # 2. Imports: a module that another thread was in the middle of importing is imported anew.
     bootstrap: Any = sys.modules["_frozen_importlib"]
@@ -876,7 +876,10 @@ def _deliver_outcome(call: _Call, value: Any, failure: BaseException | None) -> 
     if failure is None:
         sink = call.sink
         try:
-            call.dump(value)
+            if type(value) is str and len(value) > _OUT_OF_BAND:
+                _dump_text(sink.write, value)
+            else:
+                call.dump(value)
             sink.deliver(_RESULT)
         except BaseException as error:
             what = f"its result, of type {type(value).__qualname__}, cannot be pickled (return plain data instead)"
@@ -894,6 +897,18 @@ def _deliver_outcome(call: _Call, value: Any, failure: BaseException | None) -> 
     except BaseException as error:
         what = f"it raised {type(failure).__qualname__}, which cannot be pickled"
         _deliver_failure(call, _UNWRITTEN if call.sink.failed else _UNPICKLABLE, what, error, text)
+
+
+def _dump_text(write: Callable[[bytes], None], text: str) -> None:
+    """Pickle a large str slice by slice: the pickler would hold a copy of all of it."""
+
+    def slices() -> Iterator[bytes]:
+        return (text[i : i + (1 << 20)].encode("utf-8", "surrogatepass") for i in range(0, len(text), 1 << 20))
+
+    write(b"\x80\x05\x8d" + struct.pack("<Q", sum(map(len, slices()))))  # PROTO 5, BINUNICODE8
+    for piece in slices():
+        write(piece)
+    write(pickle.STOP)
 
 
 def _deliver_exception(call: _Call, kind: int, text: str, error: BaseException | None, state: dict[str, Any]) -> None:
@@ -1232,7 +1247,7 @@ def _check_limits(timeout: Any, memory_limit: Any) -> None:
         except OverflowError:
             seconds = math.inf
         if not 0 < seconds < math.inf:
-            raise ValueError(f"timeout must be positive and finite, not {seconds}; None means no limit")
+            raise ValueError("timeout must be positive and finite; None means no limit")
     if memory_limit is not None:
         if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
             raise TypeError(f"memory_limit must be an int of bytes or None, not {memory_limit!r}")
