@@ -1790,7 +1790,7 @@ def call_two_thousand_times():
     def call(times):
         for number in range(times):
             with contextlib.suppress(*errors):
-                execute_in_isolated_process(outcomes[number % 5 if number % 3 == 0 else 0])
+                execute_in_isolated_process(outcomes[number % len(outcomes)])
         gc.collect()
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
@@ -2424,6 +2424,15 @@ def return_after_ignoring_all_signals(seconds):
     return return_later(seconds)
 
 
+def state_of_the_caller():
+    return {
+        "descriptors": open_descriptors(),
+        "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
+        "handlers": {int(number): signal.getsignal(number) for number in signal.valid_signals()},
+        "threads": threading.active_count(),
+    }
+
+
 def calls_interrupted_at_random(threads, repeat):
     with background_threads(*[functools.partial(time.sleep, 0.05)] * int(threads)):
         interrupt_calls_at_random(int(repeat))
@@ -2438,14 +2447,6 @@ def interrupt_calls_at_random(repeat):
         handled += 1
         where[:] = traceback.format_stack(frame, 5)
         raise RobustInterrupt
-
-    def state():
-        return {
-            "descriptors": open_descriptors(),
-            "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
-            "handlers": {int(number): signal.getsignal(number) for number in signal.valid_signals()},
-            "threads": threading.active_count(),
-        }
 
     signal.signal(signal.SIGALRM, interrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -2464,7 +2465,7 @@ def interrupt_calls_at_random(repeat):
         wait_until(lambda: handled > caught)
 
     span = 1.5 * statistics.mean(usual)
-    before, mappings = state(), len(Path("/proc/self/maps").read_text().split("\n"))
+    before, mappings = state_of_the_caller(), len(Path("/proc/self/maps").read_text().split("\n"))
     for number in range(repeat):
         try:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, span))
@@ -2476,7 +2477,7 @@ def interrupt_calls_at_random(repeat):
             caught += 1
         assert_no_child_is_left()
         assert caught == handled, "an exception did not arrive that was raised at\n" + "".join(where)
-        changed = {name: value for name, value in state().items() if value != before[name]}
+        changed = {name: value for name, value in state_of_the_caller().items() if value != before[name]}
         assert not changed, f"left behind after an exception: {changed}, raised at\n" + "".join(where)
     assert repeat * 0.1 < caught < repeat * 0.95, f"{caught} interruptions in {repeat} calls"
     assert len(Path("/proc/self/maps").read_text().split("\n")) <= mappings + 10
@@ -2491,6 +2492,57 @@ def test_handler_that_raises_at_any_moment_leaves_nothing_behind(threads, repeat
     Other threads take the signals that this one blocks, and the handlers run in this one all the same.
     """
     in_fresh_process(calls_interrupted_at_random, threads, repeat, timeout=hang_limit(repeat))
+
+
+def calls_interrupted_everywhere():
+    parent, points, lost = os.getpid(), 0, []
+
+    def interrupt(*_):
+        raise RobustInterrupt
+
+    def count_points(frame, event, _):
+        nonlocal points
+        code = frame.f_code
+        # A generator that is closed is reported as called, though no handler can run there.
+        if (
+            event not in ("call", "c_return")
+            or code.co_filename != mem_isolate.__file__
+            or code.co_flags & inspect.CO_GENERATOR
+        ):
+            return
+        if os.getpid() == parent and signal.SIGALRM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+            points += 1
+            if points == chosen:
+                where[:] = traceback.format_stack(frame, 4)
+                signal.raise_signal(signal.SIGALRM)
+
+    signal.signal(signal.SIGALRM, interrupt)
+    for function, arguments in [(return_at_once, [0]), (return_much, [0]), (divmod, [1, 0])]:
+        before, chosen, where = state_of_the_caller(), 0, ["nowhere"]
+        while where:
+            chosen, points, where = chosen + 1, 0, []
+            try:
+                sys.setprofile(count_points)
+                execute_in_isolated_process(function, *arguments)
+            except RobustInterrupt:
+                assert where
+            except (ZeroDivisionError, mem_isolate.MemIsolateError) as error:
+                lost += where and [f"{error!r} arrived, not the exception of the handler, raised at\n", *where]
+            else:
+                lost += where and ["the exception of the handler did not arrive, raised at\n", *where]
+            finally:
+                sys.setprofile(None)
+            assert_no_child_is_left()
+            changed = {name: value for name, value in state_of_the_caller().items() if value != before[name]}
+            assert not changed, f"left behind after an exception: {changed}, raised at\n" + "".join(where)
+        assert chosen > 10, "hardly any point to interrupt at was found"
+    assert not lost, "".join(lost)
+
+
+@linux_only
+def test_handler_that_raises_at_every_single_call_in_the_module_leaves_nothing_behind():
+    """One point after the other: the start of each Python function and the end of each C function it calls."""
+    in_fresh_process(calls_interrupted_everywhere)
 
 
 def rebuild_slowly():
@@ -2565,7 +2617,7 @@ def calls_whose_children_are_shot_at(folder, repeat):
             try:
                 outcome = execute_in_isolated_process((storm_from_within, work_for_a_moment)[number % 2])
                 assert outcome == "returned"
-            except (RobustInterrupt, KeyboardInterrupt, SystemExit) as error:
+            except (RobustInterrupt, KeyboardInterrupt, SystemExit, mem_isolate.MemIsolateError) as error:
                 outcome = type(error).__name__
             os.write(log, b"%d\n" % os.getpid())
             if os.getpid() != parent:
