@@ -46,7 +46,7 @@ ROUND_SECONDS = 0.015
 #: rounds of a row may hang before it is given up.
 HUNG_WITH_THREADS, HUNG, HANGS_BORNE = 3.0, 30.0, 3
 #: How long all of it takes, but for starting Python and what a first round takes too long.
-FULL_SECONDS, QUICK_SECONDS = 56.0, 9.0
+FULL_SECONDS, QUICK_SECONDS = 56.0, 8.5
 
 
 # ---- Words for quantities.
