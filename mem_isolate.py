@@ -518,9 +518,8 @@ class _Call:
     def kill(self) -> None:
         if not self.reap(os.WNOHANG):
             with contextlib.suppress(ProcessLookupError):
-                if (
-                    self.watch and _pidfd_send_signal
-                ):  # cannot hit a process that got the pid after somebody reaped ours
+                # By pidfd, where there is one: it cannot hit a process that got the pid after somebody reaped ours.
+                if self.watch and _pidfd_send_signal:
                     _pidfd_send_signal(self.watch[0], signal.SIGKILL)
                 else:
                     os.kill(self.pids["child"], signal.SIGKILL)
@@ -705,7 +704,8 @@ def _limit_memory(call: _Call, extra: int) -> None:
 
 
 def _lift_memory_limit(call: _Call) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, call.data_limits)
+    with contextlib.suppress(OSError, ValueError):  # the callable lowered the hard limit
+        resource.setrlimit(resource.RLIMIT_DATA, call.data_limits)
 
 
 def _leave_event_loop(asyncio: Any) -> None:
