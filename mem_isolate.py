@@ -285,6 +285,17 @@ def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> N
         any(map(function, iter(items.pop, None), *map(itertools.repeat, arguments)))
 
 
+def _came_from_a_signal_handler(error: BaseException) -> bool:
+    codes = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        handler = getattr(handler, "func", handler)  # of a functools.partial
+        codes.add(
+            getattr(handler, "__code__", None) or getattr(getattr(type(handler), "__call__", None), "__code__", None)
+        )
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def _flush(*streams: Any) -> bool:
     """Flush streams of Python, and C's stdout and stderr; one that is closed or broken breaks nothing, but is told."""
     flushed = True
@@ -292,7 +303,9 @@ def _flush(*streams: Any) -> bool:
         try:
             if stream is not None:
                 stream.flush()
-        except Exception:
+        except Exception as error:
+            if _came_from_a_signal_handler(error):
+                raise
             flushed = False
     for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
         if _libc_fpending is None or _libc_fpending(pointer):
@@ -357,6 +370,7 @@ class _Call:
         self.turn: list[Any] = []
         self.logging_locks: list[Any] = []
         self.threaded = False
+        self.ended = False
         self.gone = False
         self.expired = False
         self.status = ctypes.c_int(-1)  # of waitpid
@@ -540,6 +554,7 @@ class _Call:
         if self.mapping:
             self.region = memoryview(b"")  # nobody may look there any more
             _drain(self.mapping, _libc_munmap, _REGION_SIZE)
+        self.ended = True
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
 
 
@@ -1026,11 +1041,6 @@ def _outcome(call: _Call) -> Any:
     raise failures[kind](f"{name}: {first}") from second
 
 
-def _came_from_a_signal_handler(error: BaseException) -> bool:
-    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
 def _failure(call: _Call, progress: bytes, name: str) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
     if call.expired:
@@ -1087,9 +1097,7 @@ def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> tuple[Any, 
     if staying >= 0:
         stream = io.BytesIO(stream.read(length))
         buffers[staying] = _map_alone(bulk, offsets[staying], largest) or _read(bulk, offsets[staying], largest)
-    elif in_bulk and _seal(bulk):
-        stream = io.BufferedReader(stream, 1 << 17)
-    elif in_bulk:
+    elif in_bulk and not _seal(bulk):
         stream = io.BytesIO(_read(bulk, 0, length))
     return stream, buffers
 
@@ -1106,34 +1114,46 @@ def _seal(bulk: int) -> bool:
     return True
 
 
-class _BulkReader(io.RawIOBase):
-    """Reads the bulk at its own position: a process that the callable left behind may move the descriptor's."""
+class _BulkReader:
+    """The bulk as a file, read at a position of its own: a process left behind may move the descriptor's."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.position = descriptor, 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = 0) -> int:
+    def seek(self, position: int) -> None:
         self.position = position
-        return position
 
     def readinto(self, memory: Any) -> int:
-        count = os.preadv(self.descriptor, [memory], self.position)
-        self.position += count
-        return count
+        view, done = memoryview(memory), 0
+        while done < view.nbytes:  # one call reads 2 GiB at most
+            count = os.preadv(self.descriptor, [view[done : done + (1 << 30)]], self.position)
+            if count == 0:
+                break
+            self.position += count
+            done += count
+        return done
+
+    def read(self, size: int) -> bytes:
+        if size <= 1 << 30:
+            data = os.pread(self.descriptor, size, self.position)
+            self.position += len(data)
+            return data
+        large = bytearray(size)
+        return bytes(memoryview(large)[: self.readinto(large)])
+
+    def readline(self) -> bytes:  # for opcodes that protocol 5 does not write
+        line = os.pread(self.descriptor, 1 << 16, self.position).split(b"\n")[0] + b"\n"
+        self.position += len(line)
+        return line
 
 
 def _read(bulk: int, offset: int, length: int) -> memoryview:
     """A piece of the bulk, in fresh memory."""
     view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
-    done = 0
-    while done < length:
-        count = os.preadv(bulk, [view[done : done + (1 << 30)]], offset + done)
-        if count == 0:
-            raise EOFError("the result was cut short")
-        done += count
+    reader = _BulkReader(bulk)
+    reader.seek(offset)
+    if reader.readinto(view) != length:
+        raise EOFError("the result was cut short")
     return view
 
 
@@ -1169,7 +1189,11 @@ def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call.wait()
         return _outcome(call)
     finally:
-        _finish(call)
+        try:
+            _finish(call)
+        finally:
+            if not call.ended:  # a signal handler raised on the way into it
+                _finish(call)
         _log(call)
 
 
@@ -1179,7 +1203,11 @@ async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any])
         await call.wait_async()
         return _outcome(call)
     finally:
-        _finish(call)
+        try:
+            _finish(call)
+        finally:
+            if not call.ended:  # a signal handler raised on the way into it
+                _finish(call)
         _log(call)
 
 
