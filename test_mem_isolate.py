@@ -121,7 +121,9 @@ def in_fresh_process(function, *arguments, timeout=60, env=None, expect=0, pytho
     it started get SIGABRT, so that faulthandler prints their stacks, then SIGKILL; the test fails with that output.
     """
     code = (
-        "import faulthandler, sys; faulthandler.enable(all_threads=True); sys.path.insert(0, sys.argv[1]);"
+        "import faulthandler, signal, sys; faulthandler.enable(all_threads=True);"
+        # A shell's background job ignores SIGINT, and so would this process.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, sys.argv[1]);"
         "import test_mem_isolate as tests; getattr(tests, sys.argv[2])(*sys.argv[3:])"
     )
     command = [sys.executable, *python, "-c", code, str(HERE), function.__name__, *map(str, arguments)]
