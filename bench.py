@@ -594,12 +594,12 @@ def row(contender, detail="", **state):
 
 def overhead():
     contenders = (direct_function_call, fork_alone, fork_with_wait, isolated_call, os_fork_with_wait, pipe_by_hand)
-    group = Group(OVERHEAD, [row(contender) for contender in (*contenders, *HEAVY)], weight=8)
+    group = Group(OVERHEAD, [row(contender) for contender in (*contenders, *HEAVY)], weight=7)
     return Section("Overhead", label_of(fork_with_wait), [group])
 
 
 #: One round with 256 MiB takes seconds; where a goal depends on it, there should be three.
-LARGEST_WEIGHT = {"bytes": 10, "ndarray": 14, "list of ints": 6}
+LARGEST_WEIGHT = {"bytes": 12, "ndarray": 15, "list of ints": 6}
 
 
 def result_size(kind, sizes):
@@ -627,7 +627,7 @@ def parent_size(sizes):
         rows = [row(contender, touched_mib=mib) for contender in contenders]
         if mib == sizes[-1]:
             rows += [row(contender, COLLAPSED, touched_mib=mib, huge_pages=True) for contender in contenders]
-        groups.append(Group(parent_title(mib), rows, weight=9 if mib == 1024 else 1))
+        groups.append(Group(parent_title(mib), rows, weight=7 if mib == 1024 else 1))
     return Section("Size of the parent: memory touched", label_of(fork_with_wait), groups)
 
 
@@ -637,7 +637,7 @@ def parent_title(mib):
 
 def calling_threads(counts):
     rows = [row(isolated_call, f"{count} thread{'s' * (count > 1)}", calling_threads=count) for count in counts]
-    group = Group("calling threads", rows, weight=4, round_seconds=0.2)
+    group = Group("calling threads", rows, weight=3, round_seconds=0.2)
     return Section("Calls from several threads at once", rows[0].label, [group], as_rate=True)
 
 
@@ -646,7 +646,7 @@ def busy_parent():
         Group(
             busy_title(count),
             [row(contender, busy_threads=count) for contender in (pipe_by_hand, isolated_call)],
-            weight=5 if count else 0.7,
+            weight=4 if count else 0.7,
             round_seconds=0,  # one call a round, so that each one that hangs is seen and counted
         )
         for count in (0, 3)
@@ -660,7 +660,7 @@ def busy_title(count):
 
 def imports():
     group = Group(
-        IMPORTS, [Row(statement, NothingImported()) for statement in (FOUNDATIONS, MODULE)], 2, fewest_rounds=7
+        IMPORTS, [Row(statement, NothingImported()) for statement in (FOUNDATIONS, MODULE)], 1.5, fewest_rounds=7
     )
     return Section("Import, each in a fresh interpreter", FOUNDATIONS, [group])
 
