@@ -52,9 +52,8 @@ import traceback
 import typing
 from pathlib import Path
 
-import pytest
-
 import mem_isolate
+import pytest
 from mem_isolate import (
     CallableExecutedError,
     CallableStatusUnknownError,
@@ -591,6 +590,7 @@ def test_results_of_every_size_come_back_whole():
 
 
 @pytest.mark.parametrize("power", [12, 16])
+@stress
 def test_no_byte_is_cut_where_the_inline_part_of_the_region_may_end(power):
     """A page or 64 KiB, less a header and what pickle adds: no size on either side may be cut."""
     for size in range(2**power - 150, 2**power + 4):
@@ -1968,6 +1968,7 @@ def calls_from_a_big_process_beside_busy_threads(repeat):
 
 
 @repetitions(10, 150)
+@stress
 def test_child_never_hangs_where_fork_takes_longer_than_the_switch_interval(repeat):
     """Then some thread has always asked for the GIL in the middle of the fork."""
     in_fresh_process(calls_from_a_big_process_beside_busy_threads, repeat, timeout=hang_limit(repeat))
@@ -2542,6 +2543,7 @@ def calls_interrupted_everywhere():
 
 
 @linux_only
+@stress
 def test_handler_that_raises_at_every_single_call_in_the_module_leaves_nothing_behind():
     """One point after the other: the start of each Python function and the end of each C function it calls."""
     in_fresh_process(calls_interrupted_everywhere)
@@ -3531,6 +3533,7 @@ def test_waiting_for_the_limit_does_not_poll():
 @linux_only
 @has_pidfd
 @pytest.mark.parametrize("duration", [0, 0.01])
+@stress
 def test_callable_that_ends_in_time_pays_no_poll_interval_for_the_limit(duration):
     plain, limited, times = isolated(time.sleep), isolated(timeout=60)(time.sleep), {}
     for call in [plain, limited] * 25:
@@ -4049,6 +4052,7 @@ def test_loop_of_the_parent_goes_on_after_calls_from_it(run_in_a_loop):
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EMFILE])
+@stress
 def test_calls_work_where_pidfd_open_fails(monkeypatch, error):
     def pidfd_open(*_):
         raise OSError(error, os.strerror(error))
@@ -4343,6 +4347,7 @@ def packed_with_cloudpickle():
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@stress
 def test_isolated_functions_can_be_sent_through_multiprocessing_and_executors(method):
     output = in_fresh_process(send_isolated_functions_to_workers, method, python=["-W", "ignore::DeprecationWarning"])
     assert output.endswith("all arrived\n")
@@ -4646,6 +4651,7 @@ def sizes_around_boundaries(kind):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bytearray", "str", "writable buffer", "read-only buffer", "raised"])
+@stress
 def test_results_of_sizes_around_every_boundary(kind):
     whole = patterned(2 * MIB)
     text = whole.hex()
@@ -4785,12 +4791,14 @@ def peak_of_children(kind):
 
 @linux_only
 @pytest.mark.parametrize("kind", ["bytes", "str", "buffer"])
+@stress
 def test_large_result_is_never_held_twice_in_the_child(kind):
     made, returned = map(int, in_fresh_process(peak_of_children, kind).split())
     assert made > 50
     assert returned < 16, f"returning it took {returned} MiB more"
 
 
+@stress
 def test_thousand_results_use_no_descriptors():
     before = open_descriptors()
     shared = patterned(80_000)
@@ -5302,6 +5310,7 @@ def huge_pages_leave_special_memory_alone(kind):
 @pytest.mark.parametrize(
     "kind", ["a file's", "shared", "locked", "not inherited", "emptied by forks", "huge pages refused", "only read"]
 )
+@stress
 def test_huge_pages_leave_special_memory_alone(kind):
     if kind == "locked" and 0 <= resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] < 4 * HUGE_PAGE and os.geteuid():
         pytest.skip("may not lock that much memory")
@@ -5364,6 +5373,7 @@ def huge_pages_while_threads_map_and_unmap():
 
 
 @needs_huge_pages
+@stress
 def test_huge_pages_while_other_threads_map_and_unmap():
     in_fresh_process(huge_pages_while_threads_map_and_unmap)
 
@@ -5393,6 +5403,7 @@ def huge_pages_in_a_large_reservation():
 
 
 @needs_huge_pages
+@stress
 def test_huge_pages_in_a_large_reservation_take_neither_minutes_nor_memory():
     in_fresh_process(huge_pages_in_a_large_reservation)
 
