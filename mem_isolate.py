@@ -281,8 +281,9 @@ def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> 
 
 def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
     """Take each item out and call a C function with it, likewise in one step."""
-    with contextlib.suppress(IndexError):  # pop's, when the list is empty
-        any(map(function, iter(items.pop, None), *map(itertools.repeat, arguments)))
+    if items:
+        taken = map(list.pop, itertools.repeat(items, len(items)))
+        any(map(function, taken, *map(itertools.repeat, arguments)))
 
 
 def _came_from_a_signal_handler(error: BaseException) -> bool:
@@ -414,7 +415,8 @@ class _Call:
                 del guard  # which runs the child
             _be_the_child(self, run or self.function, args, kwargs)
         code = ctypes.get_errno()
-        self.release_locks()
+        if self.threaded:
+            self.release_locks()
         if self.pids["child"] < 0:
             cause = OSError(code, os.strerror(code))
             raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
@@ -546,8 +548,9 @@ class _Call:
         if self.pids.get("child") == 0:
             _libc_exit(1)  # the child never returns into the caller's code
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
-        self.release_locks()
-        if self.pids.get("child", -1) > 0:
+        if self.threaded:
+            self.release_locks()
+        if not self.gone and self.pids.get("child", -1) > 0:
             self.kill()
         _drain(self.watch, _libc_close)
         _drain(self.bulk, _libc_close if self.received <= _REGION_SIZE else os.close)  # freeing much takes a while
@@ -1083,9 +1086,10 @@ def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> tuple[Any, 
     All else moves to ordinary memory and is cut out of the bulk, so that no piece keeps another one's memory.
     """
     bulk, table = call.bulk[0], 8 * count
-    stream: Any = _BulkReader(bulk)
-    if not in_bulk:
-        stream = io.BytesIO(call.region[_START : _START + length])
+    stream: Any = _BulkReader(bulk) if in_bulk else io.BytesIO(call.region[_START : _START + length])
+    if not in_bulk and not count:
+        call.received = length
+        return stream, []
     stream.seek(length - table)
     lengths = struct.unpack(f"={count}Q", stream.read(table))
     stream.seek(0)
