@@ -810,8 +810,8 @@ def _renew_streams() -> None:
 
 def _fresh(stream: Any) -> Any:
     """A text stream like this one, but with an empty buffer and free locks; the same one if it is not a plain one."""
-    if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
-        with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # closed or detached
+        if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
             raw = io.FileIO(stream.fileno(), "w", closefd=False)
             options: Any = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
             return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, "\n", **options)
@@ -1231,7 +1231,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _say(error: BaseException) -> str:
-    return traceback.format_exception_only(type(error), error)[-1].strip()  # also where str(error) raises
+    return "".join(traceback.format_exception_only(type(error), error)).strip()  # also where str(error) raises
 
 
 # --------------------------------------------------------------------------------------------------- The public face

@@ -52,8 +52,9 @@ import traceback
 import typing
 from pathlib import Path
 
-import mem_isolate
 import pytest
+
+import mem_isolate
 from mem_isolate import (
     CallableExecutedError,
     CallableStatusUnknownError,
@@ -292,7 +293,7 @@ def test_it_uses_only_the_standard_library_and_forks_only_through_libc():
 
 
 def test_repository_holds_only_the_promised_files():
-    if not (HERE / ".git").exists():
+    if not (HERE / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a checkout")
     listed = subprocess.run(["git", "-C", str(HERE), "ls-files"], capture_output=True, check=False, text=True)
     if listed.returncode != 0 or not listed.stdout:
