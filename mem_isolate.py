@@ -103,9 +103,9 @@ class MemIsolateError(Exception):
     """
 
     #: The signal that ended the child (an ``int`` for a real-time signal), or None.
-    signal: signal.Signals | int | None = None
+    signal: Any = None
     #: The status that the child ended with, or None.
-    exit_status: int | None = None
+    exit_status: Any = None
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
@@ -376,7 +376,7 @@ class _Call:
         self.expired = False
         self.status = ctypes.c_int(-1)  # of waitpid
         self.wait_error: OSError | None = None
-        self.data_limits = (0, 0)  # RLIMIT_DATA, as it was
+        self.data_limits: tuple[int, int] = (0, 0)  # RLIMIT_DATA, as it was
         self.received = 0
 
     # -- starting
@@ -1024,6 +1024,7 @@ def _outcome(call: _Call) -> Any:
     if kind == _RESULT:
         return first
     try:
+        second: Any
         second, state = unpickler.load()
         if kind == _RAISED and not isinstance(second, BaseException):
             raise TypeError(f"it unpickles to {type(second).__qualname__}")
@@ -1298,13 +1299,14 @@ def _isolate(function: Any, timeout: float | None, memory_limit: int | None) -> 
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
-        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
             return await _run_async(_Call(function, timeout, memory_limit), args, kwargs)
-    else:
 
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return _run(_Call(function, timeout, memory_limit), args, kwargs)
+        return async_wrapper
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return _run(_Call(function, timeout, memory_limit), args, kwargs)
 
     return wrapper
 
