@@ -404,7 +404,6 @@ class _Call:
             self.prepare()
         except (OSError, MemoryError) as error:
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
-        self.hooks = _child_hooks[:]
         if self.threaded:
             self.fork_among_threads()
         else:
@@ -435,6 +434,7 @@ class _Call:
         thread that does not exist there, and would wait for it for ever. So iterators of C do it, of which
         ``children`` yields in the child only. The repair would run the hooks too, so it is given an empty list.
         """
+        self.hooks = _child_hooks[:]  # for the child to put back
         _keep(self.import_lock, _imp.acquire_lock)  # the repair expects it held, and releases it
         forks = map(functools.partial(self.pids.setdefault, "child"), itertools.starmap(_libc_fork, ((),)))
         children = itertools.filterfalse(None, forks)
@@ -1186,6 +1186,9 @@ def _map_alone(bulk: int, offset: int, length: int) -> memoryview | None:
 
 
 _warm_up()
+
+
+# The clean-up is written out in both: on the way into a function of its own a signal handler could raise, and skip it.
 
 
 def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
