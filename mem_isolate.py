@@ -225,13 +225,12 @@ _pidfd_open = getattr(os, "pidfd_open", None)  # Linux 5.3, Python 3.9
 _pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)
 
 _get_interpreter = getattr(pythonapi, "PyInterpreterState_Get", None) or pythonapi._PyInterpreterState_Get  # 3.8
-_first_interpreter = pythonapi.PyInterpreterState_Head
-_next_interpreter = pythonapi.PyInterpreterState_Next
-_first_thread = pythonapi.PyInterpreterState_ThreadHead
+_newest_interpreter = pythonapi.PyInterpreterState_Head
+_newest_thread = pythonapi.PyInterpreterState_ThreadHead
 _next_thread = pythonapi.PyThreadState_Next
-_get_interpreter.restype = pythonapi.PyInterpreterState_Main.restype = _first_interpreter.restype = ctypes.c_void_p
+_get_interpreter.restype = pythonapi.PyInterpreterState_Main.restype = _newest_interpreter.restype = ctypes.c_void_p
 pythonapi.PyOS_AfterFork_Child.restype = None
-for _function in (_next_interpreter, _first_thread, _next_thread):
+for _function in (_newest_thread, _next_thread):
     _function.argtypes, _function.restype = [ctypes.c_void_p], ctypes.c_void_p
 
 _MAIN_INTERPRETER = pythonapi.PyInterpreterState_Main()
@@ -240,9 +239,13 @@ _FREE_THREADED = "t" in sys.abiflags
 
 
 def _other_threads() -> bool:
-    """Whether the interpreter knows another thread: also one that C code made, which ``threading`` misses."""
-    interpreter = _first_interpreter()
-    return bool(_next_interpreter(interpreter) or _next_thread(_first_thread(interpreter)))
+    """Whether the interpreter knows another thread: also one that C code made, which ``threading`` misses.
+
+    The threads are walked in one step of C. Between two bytecodes the GIL may go to the newest thread, which ends and
+    is freed: the walk would go on in freed memory, and may find nobody.
+    """
+    newest = map(_newest_thread, (_MAIN_INTERPRETER,))
+    return _newest_interpreter() != _MAIN_INTERPRETER or any(map(_next_thread, newest))
 
 
 def _find_child_hooks() -> list[Any]:
@@ -383,12 +386,12 @@ class _Call:
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function (or ``run``), and does not return from here."""
+        self.flushed = _flush(sys.stdout, sys.stderr)  # or the child would print again what waits in them
         self.threaded = _other_threads()
         if _IN_SUBINTERPRETER:
             raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
         if _FREE_THREADED and self.threaded:
             raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
-        self.flushed = _flush(sys.stdout, sys.stderr)  # or the child would print again what waits in them
         if self.threaded:
             self.hold_logging()
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
