@@ -185,25 +185,27 @@ class _ChildTraceback(Exception):
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_holding_gil = PyDLL(None, use_errno=True)
+_libc_quick = PyDLL(None)  # likewise, for calls whose errno nobody asks for: to keep it costs page faults in the child
 _libc_fork = _libc_holding_gil.fork
-_libc_exit = _libc_holding_gil._exit
+_libc_exit = _libc_quick._exit
 _libc_waitpid = _libc.waitpid
 _libc_waitpid_nohang = _libc_holding_gil.waitpid
-_libc_close = _libc_holding_gil.close
+_libc_close = _libc_quick.close
 _libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
-_libc_sigmask = _libc_holding_gil.pthread_sigmask
-_libc_prctl = getattr(_libc_holding_gil, "prctl", None)  # Linux has it
+_libc_sigmask = _libc_quick.pthread_sigmask
+_libc_prctl = getattr(_libc_quick, "prctl", None)  # Linux has it
 _libc_fallocate = getattr(_libc, "fallocate", None)  # Linux has it
-_libc_fpending = getattr(_libc_holding_gil, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
+_libc_fpending = getattr(_libc_quick, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
 _libc_mmap = _libc_holding_gil.mmap
 _libc_mmap.restype = ctypes.c_void_p
 _libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc_munmap = _libc_holding_gil.munmap
+_libc_munmap = _libc_quick.munmap
 _libc_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _memoryview = pythonapi.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object
 _memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _PYBUF_WRITE = 0x200
+_SHARED_MEMORY = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0  # what mmap is to do
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _C_STREAMS = []
@@ -218,7 +220,8 @@ _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _F_ADD_SEALS = 1033  # in the fcntl module from 3.9 on
 _F_SEAL_EVERYTHING = 1 | 2 | 4 | 8  # seal, shrink, grow, write
 _SIG_BLOCK, _SIG_SETMASK = int(signal.SIG_BLOCK), int(signal.SIG_SETMASK)
-_EVERY_SIGNAL = ctypes.create_string_buffer(128)  # a sigset_t: 128 bytes in glibc and musl, fewer elsewhere
+_SignalSet = ctypes.c_char * 128  # sigset_t has 128 bytes in glibc and musl, fewer elsewhere
+_EVERY_SIGNAL = _SignalSet()
 _libc.sigfillset(_EVERY_SIGNAL)
 
 _pidfd_open = getattr(os, "pidfd_open", None)  # Linux 5.3, Python 3.9
@@ -236,42 +239,6 @@ for _function in (_newest_thread, _next_thread):
 _MAIN_INTERPRETER = pythonapi.PyInterpreterState_Main()
 _IN_SUBINTERPRETER = _get_interpreter() != _MAIN_INTERPRETER
 _FREE_THREADED = "t" in sys.abiflags
-
-
-def _other_threads() -> bool:
-    """Whether the interpreter knows another thread: also one that C code made, which ``threading`` misses.
-
-    The threads are walked in one step of C. Between two bytecodes the GIL may go to the newest thread, which ends and
-    is freed: the walk would go on in freed memory, and may find nobody.
-    """
-    newest = map(_newest_thread, (_MAIN_INTERPRETER,))
-    return _newest_interpreter() != _MAIN_INTERPRETER or any(map(_next_thread, newest))
-
-
-def _find_child_hooks() -> list[Any]:
-    """Find the interpreter's own list of hooks from ``os.register_at_fork(after_in_child=...)``.
-
-    ``PyOS_AfterFork_Child``, which repairs the interpreter in a child, runs these hooks too unless the list is empty.
-    """
-
-    def mark() -> None:
-        pass
-
-    os.register_at_fork(after_in_child=mark)
-    if gc.get_freeze_count():  # get_referrers does not look among frozen objects
-        gc.unfreeze()
-        holders = gc.get_referrers(mark)
-        gc.freeze()
-    else:
-        holders = gc.get_referrers(mark)
-    for holder in holders:
-        if type(holder) is list:
-            holder.remove(mark)
-            return holder
-    raise ImportError("mem_isolate did not find the interpreter's list of at-fork hooks")
-
-
-_child_hooks = _find_child_hooks()
 
 
 def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
@@ -317,134 +284,71 @@ def _flush(*streams: Any) -> bool:
     return flushed
 
 
-# ---------------------------------------------------------------------------------------------------------- The call
-# Child and parent share two things. The region is an anonymous shared mapping: progress, a header, and results that
-# fit. It works without a descriptor, and small as it is, little of it is in the way of a callable's wild pointers. The
-# bulk is a file in memory for all that does not fit; nobody has it mapped while the callable runs.
+# ----------------------------------------------------------------------------------------------------- Other threads
 
-_HEADER = struct.Struct("=8sIIQ?")  # progress, kind of outcome, number of buffers, length of the stream, in the bulk?
-_REGION_SIZE = 64 * 1024  # only the pages that are used cost anything
-_START, _pack_header = _HEADER.size, _HEADER.pack_into
-_PAGE = mmap.PAGESIZE
-_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth mapping or reading on its own
-
-# How far the child came. Words, not small numbers, so that a stray write is not taken for one of them.
-_NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = b"notstart", b"running!", b"returned", b"delivers"
-# What the child delivers.
-_RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
-
-_LONGEST_WAIT = 1.0  # seconds; see _Call.wait
-_getpid, _getppid, _freeze, _set_wakeup_fd = os.getpid, os.getppid, gc.freeze, signal.set_wakeup_fd
-_gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
-_getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
 _turns = threading.RLock()  # held by the thread that is about to fork
 _acquire_turn = operator.methodcaller("acquire", True, 5)
 _acquire_soon = operator.methodcaller("acquire", True, 0.05)
 _release = operator.methodcaller("release")
-_SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
 _LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))
+# Locks of the standard library's own modules that another thread may hold at any moment.
+_STANDARD_LOCKS = (
+    ("_strptime", "_cache_lock"),
+    ("asyncio.events", "_lock"),
+    ("asyncio.mixins", "_global_lock"),
+    ("concurrent.futures.thread", "_global_shutdown_lock"),
+    ("sysconfig", "_CONFIG_VARS_LOCK"),
+    ("tempfile", "_once_lock"),
+)
 
 
-class _Call:
-    """One isolated call, and everything that it holds until ``end`` gives it back, however the call went."""
+def _other_threads() -> bool:
+    """Whether the interpreter knows another thread: also one that C code made, which ``threading`` misses.
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        timeout: float | None = None,
-        memory_limit: int | None = None,
-    ) -> None:
-        if not callable(function):
-            raise TypeError(f"expected a callable, not {type(function).__name__}")
-        _need_frames(16)
-        self.function = function
-        self.timeout = timeout
-        self.memory_limit = memory_limit
-        self.started = time.monotonic()
-        self.recursion_limit = _getrecursionlimit()
-        self.mask = ctypes.create_string_buffer(128)
-        _libc_sigmask(_SIG_BLOCK, None, self.mask)
-        self.pids = {"parent": os.getpid()}  # and "child", which is 0 in the child
-        # Lists of at most one, for _keep and _drain:
-        self.mapping: list[int] = []  # the address of the region
-        self.bulk: list[int] = []  # the descriptor
-        self.bulk_in_child: int | None = None
-        self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
-        self.import_lock: list[None] = []
+    The threads are walked in one step of C. Between two bytecodes the GIL may go to the newest thread, which ends and
+    is freed: the walk would go on in freed memory, and may find nobody.
+    """
+    newest = map(_newest_thread, (_MAIN_INTERPRETER,))
+    return _newest_interpreter() != _MAIN_INTERPRETER or any(map(_next_thread, newest))
+
+
+def _find_child_hooks() -> list[Any]:
+    """Find the interpreter's own list of hooks from ``os.register_at_fork(after_in_child=...)``.
+
+    ``PyOS_AfterFork_Child``, which repairs the interpreter in a child, runs these hooks too unless the list is empty.
+    """
+
+    def mark() -> None:
+        pass
+
+    os.register_at_fork(after_in_child=mark)
+    if gc.get_freeze_count():  # get_referrers does not look among frozen objects
+        gc.unfreeze()
+        holders = gc.get_referrers(mark)
+        gc.freeze()
+    else:
+        holders = gc.get_referrers(mark)
+    for holder in holders:
+        if type(holder) is list:
+            holder.remove(mark)
+            return holder
+    raise ImportError("mem_isolate did not find the interpreter's list of at-fork hooks")
+
+
+_child_hooks = _find_child_hooks()
+
+
+class _OtherThreads:
+    """What a process with other threads needs around a fork; one without them pays for none of this."""
+
+    def __init__(self) -> None:
+        self.hooks = _child_hooks[:]  # for the child to put back
+        # Lists for _keep and _drain:
         self.turn: list[Any] = []
         self.logging_locks: list[Any] = []
-        self.threaded = False
-        self.ended = False
-        self.gone = False
-        self.expired = False
-        self.status = ctypes.c_int(-1)  # of waitpid
-        self.wait_error: OSError | None = None
-        self.data_limits: tuple[int, int] = (0, 0)  # RLIMIT_DATA, as it was
-        self.received = 0
+        self.import_lock: list[None] = []
 
-    # -- starting
-
-    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
-        """Fork; the child calls the function (or ``run``), and does not return from here."""
-        self.flushed = _flush(sys.stdout, sys.stderr)  # or the child would print again what waits in them
-        self.threaded = _other_threads()
-        if _IN_SUBINTERPRETER:
-            raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
-        if _FREE_THREADED and self.threaded:
-            raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
-        if self.threaded:
-            self.hold_logging()
-        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
-        try:
-            shared, access = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE
-            _keep(self.mapping, _libc_mmap, None, _REGION_SIZE, access, shared, -1, 0)
-            if self.mapping[0] == _MAP_FAILED:
-                self.mapping.clear()
-                raise OSError(ctypes.get_errno(), "no memory for the result")
-            self.region = _memoryview(self.mapping[0], _REGION_SIZE, _PYBUF_WRITE)
-            self.region[:8] = _NOT_STARTED
-            _make_bulk(self.bulk)
-            self.prepare()
-        except (OSError, MemoryError) as error:
-            raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
-        if self.threaded:
-            self.fork_among_threads()
-        else:
-            self.pids["child"] = _libc_fork()
-        if self.pids["child"] == 0:
-            if _INTERRUPTED_ANYWHERE:
-                guard = (_Leave(), _BeTheChild(self, run or self.function, args, kwargs))
-                del guard  # which runs the child
-            _be_the_child(self, run or self.function, args, kwargs)
-        code = ctypes.get_errno()
-        if self.threaded:
-            self.release_locks()
-        if self.pids["child"] < 0:
-            cause = OSError(code, os.strerror(code))
-            raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
-        _watch_end(self.pids["child"], self.watch)
-        _libc_sigmask(_SIG_SETMASK, self.mask, None)
-
-    def prepare(self) -> None:
-        """Make what the child needs to deliver a result: what is made here costs it no memory."""
-        self.sink = _Sink(self)
-        self.dump = pickle.Pickler(self.sink, 5, buffer_callback=self.sink.keep_out_of_band).dump
-
-    def fork_among_threads(self) -> None:
-        """Fork, and in the child run CPython's own repair of the interpreter, all in one step of C.
-
-        The child may not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
-        thread that does not exist there, and would wait for it for ever. So iterators of C do it, of which
-        ``children`` yields in the child only. The repair would run the hooks too, so it is given an empty list.
-        """
-        self.hooks = _child_hooks[:]  # for the child to put back
-        _keep(self.import_lock, _imp.acquire_lock)  # the repair expects it held, and releases it
-        forks = map(functools.partial(self.pids.setdefault, "child"), itertools.starmap(_libc_fork, ((),)))
-        children = itertools.filterfalse(None, forks)
-        emptied = map(_child_hooks.__delitem__, itertools.repeat(slice(None)))
-        any(itertools.starmap(pythonapi.PyOS_AfterFork_Child, zip(children, emptied)))
-
-    def hold_logging(self) -> None:
+    def hold_locks(self) -> None:
         """Take the lock of logging and of every handler, so that no thread is in the middle of a record at the fork.
 
         Threads may hold one while they wait for another, and a handler may be stuck: so all are given back and tried
@@ -460,6 +364,20 @@ class _Call:
             if len(self.logging_locks) == len(locks):
                 break
 
+    def fork(self, call: _Call) -> None:
+        """Fork, and in the child run CPython's own repair of the interpreter, all in one step of C.
+
+        The child may not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
+        thread that does not exist there, and would wait for it for ever. So iterators of C do it, of which
+        ``children`` yields in the child only. The repair would run the hooks too, so it is given an empty list.
+        """
+        _keep(self.import_lock, _imp.acquire_lock)  # the repair expects it held, and releases it
+        set_child = functools.partial(setattr, call, "child")  # returns None, so that filterfalse hands the pid on
+        forks = itertools.filterfalse(set_child, itertools.starmap(_libc_fork, ((),)))
+        children = itertools.filterfalse(None, forks)
+        emptied = map(_child_hooks.__delitem__, itertools.repeat(slice(None)))
+        any(itertools.starmap(pythonapi.PyOS_AfterFork_Child, zip(children, emptied)))
+
     def release_locks(self) -> None:
         if self.import_lock:
             with contextlib.suppress(RuntimeError):  # not held: an earlier try at this was interrupted
@@ -468,61 +386,233 @@ class _Call:
         _drain(self.logging_locks, _release)
         _drain(self.turn, _release)
 
-    # -- waiting
+    def repair(self) -> None:
+        """Free the child from what the threads that it does not have were doing at the fork."""
+        # 1. The interpreter itself is repaired already (see fork). The hooks go back, for later forks.
+        _child_hooks[:] = self.hooks
+        # 2. Imports: a module that another thread was in the middle of importing is imported anew.
+        bootstrap: Any = sys.modules["_frozen_importlib"]
+        for name, reference in list(bootstrap._module_locks.items()):
+            if getattr(reference(), "owner", None) not in (None, threading.get_ident()):
+                sys.modules.pop(name, None)
+        bootstrap._module_locks.clear()
+        bootstrap._blocking_on.clear()
+        # 3. threading: only this thread is left, and it is the main thread.
+        threading._after_fork()  # type: ignore[attr-defined]
+        # 4. Logging: a lock that was not to be had in time is made anew; logging's own first, which createLock takes.
+        held = set(map(id, self.logging_locks))
+        if id(logging._lock) not in held:  # type: ignore[attr-defined]
+            logging._lock = threading.RLock()  # type: ignore[attr-defined]
+        for reference in list(logging._handlerList):  # type: ignore[attr-defined]
+            handler = reference()
+            if isinstance(getattr(handler, "lock", None), _LOCK_TYPES) and id(handler.lock) not in held:
+                handler.createLock()
+        global _turns
+        if not self.turn:
+            _turns = threading.RLock()
+        self.release_locks()
+        # 5. Single locks.
+        for module_name, name in _STANDARD_LOCKS:
+            module = sys.modules.get(module_name)
+            if hasattr(module, name):
+                setattr(module, name, threading.RLock() if "CONFIG" in name else threading.Lock())
+
+
+# ---------------------------------------------------------------------------------------------------------- The call
+# Child and parent share two things. The region is an anonymous shared mapping: progress, a header, and results that
+# fit. It works without a descriptor, and small as it is, little of it is in the way of a callable's wild pointers. The
+# bulk is a file in memory for all that does not fit; nobody has it mapped while the callable runs.
+
+_HEADER_SIZE = 5 * 8  # five words: progress, kind of outcome, number of buffers, length of the stream, in the bulk?
+_PROGRESS, _KIND, _BUFFERS, _LENGTH, _IN_BULK = range(5)
+_SHARED_SIZE = 64 * 1024  # only the pages that are used cost anything
+_REGION_SIZE = _SHARED_SIZE - _HEADER_SIZE
+_PAGE = mmap.PAGESIZE
+_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth mapping or reading on its own
+
+# How far the child came. Not small numbers, so that a stray write is not taken for one of them.
+_NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartrunning!returneddelivers")
+# What the child delivers.
+_RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
+
+_getpid, _getppid, _freeze, _set_wakeup_fd = os.getpid, os.getppid, gc.freeze, signal.set_wakeup_fd
+_gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
+_getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
+_SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
+class _Call:
+    """One isolated call, and everything that it holds until ``end`` gives it back, however the call went."""
+
+    header: Any  # the five words, as integers
+    region: Any  # the bytes behind them
+    sink: Any
+    dump: Any
+    child = -1  # its pid; in the child 0
+    threads: _OtherThreads | None = None
+    gone = expired = ended = False
+    wait_error: OSError | None = None
+    stream: Any = None  # what is unpickled, where that is not in the region
+    received = 0  # bytes
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        timeout: float | None = None,
+        memory_limit: int | None = None,
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"expected a callable, not {type(function).__name__}")
+        _need_frames(16)
+        self.function = function
+        self.timeout = timeout
+        self.memory_limit = memory_limit
+        self.started = time.monotonic()
+        self.parent = _getpid()
+        self.mask = _SignalSet()
+        _libc_sigmask(_SIG_BLOCK, None, self.mask)
+        self.status = ctypes.c_int(-1)  # of waitpid
+        # Lists of at most one, for _keep and _drain:
+        self.mapping: list[int] = []  # the address of header and region
+        self.bulk: list[int] = []  # the descriptor
+        self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
+
+    # -- starting
+
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
+        """Fork; the child calls the function (or ``run``), and does not return from here."""
+        self.flushed = _flush(sys.stdout, sys.stderr)  # or the child would print again what waits in them
+        if _IN_SUBINTERPRETER:
+            raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
+        if _other_threads():
+            if _FREE_THREADED:
+                raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
+            self.threads = _OtherThreads()
+            self.threads.hold_locks()
+        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
+        try:
+            _keep(self.mapping, _libc_mmap, None, _SHARED_SIZE, *_SHARED_MEMORY)
+            if self.mapping[0] == _MAP_FAILED:
+                self.mapping.clear()
+                raise OSError(ctypes.get_errno(), "no memory for the result")
+            self.header = _memoryview(self.mapping[0], _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
+            self.region = _memoryview(self.mapping[0] + _HEADER_SIZE, _REGION_SIZE, _PYBUF_WRITE)
+            self.header[_PROGRESS] = _NOT_STARTED
+            _make_bulk(self.bulk)
+            self.prepare()
+        except (OSError, MemoryError) as error:
+            raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
+        # Looked up here, since it would cost the child more.
+        become_the_child = _become_the_child
+        child = self, self.header, self.mask, self.child_setup(), run or self.function, args, kwargs
+        if self.threads is None:
+            self.child = _libc_fork()
+        else:
+            self.threads.fork(self)
+        if self.child == 0:
+            become_the_child(*child)
+        if self.threads is not None:
+            self.threads.release_locks()
+        if self.child < 0:
+            code = ctypes.get_errno()
+            cause = OSError(code, os.strerror(code))
+            raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
+        _watch_end(self.child, self.watch)
+        _libc_sigmask(_SIG_SETMASK, self.mask, None)
+
+    def child_setup(self) -> list[Callable[[], None]]:
+        """What the child has to do before it calls the function, besides what every child has to."""
+        setup: list[Callable[[], None]] = []
+        if self.threads is not None or not self.flushed:
+            setup.append(_renew_streams)
+        if self.threads is not None:
+            setup.append(self.threads.repair)
+        if "asyncio" in sys.modules:
+            setup.append(_leave_event_loop)
+        if self.memory_limit is not None:
+            setup.append(self.limit_memory)
+        return setup
+
+    def prepare(self) -> None:
+        """Make what the child needs to deliver a result: what is made here costs it no memory."""
+        self.sink = _Sink(self)
+        self.dump = pickle.Pickler(self.sink, 5, buffer_callback=self.sink.keep_out_of_band).dump
+
+    # -- in the child
+
+    def limit_memory(self) -> None:
+        with open("/proc/self/statm") as statm:
+            data = int(statm.read().split()[5]) * _PAGE
+        self.data_limits = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limits = (data + (self.memory_limit or 0), soft, hard, sys.maxsize)
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (min(limit for limit in limits if limit != resource.RLIM_INFINITY), hard)
+        )
+
+    def lift_memory_limit(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the callable lowered the hard limit
+            resource.setrlimit(resource.RLIMIT_DATA, self.data_limits)
+
+    # -- waiting, in the parent
 
     def wait(self) -> None:
         """Wait until the child is gone; at the deadline, kill it."""
-        # A signal that comes just before poll sleeps does not wake it, and its handler, which may raise, runs in the
-        # main thread: so there it never sleeps for long.
-        longest = _LONGEST_WAIT if threading.current_thread() is threading.main_thread() else 86400.0
-        for nap in _naps():
-            remaining = self.remaining()
+        looks = 0
+        while not self.gone:
             if self.watch:
                 poller = select.poll()
                 poller.register(self.watch[0], select.POLLIN)
-                poller.poll(min(remaining, longest) * 1000)
+                poller.poll(self.pause(looks) * 1000)
             elif self.timeout is None:
                 self.reap()
             else:
-                time.sleep(min(remaining, nap))
-            if self.over(remaining):
-                return
+                time.sleep(self.pause(looks))
+            self.look()
+            looks += 1
 
     async def wait_async(self) -> None:
         """Wait likewise, while the event loop goes on."""
         import asyncio
 
         loop = asyncio.get_running_loop()
-        for nap in _naps():
-            remaining = self.remaining()
+        looks = 0
+        while not self.gone:
             if self.watch:
                 ended = loop.create_future()
                 loop.add_reader(self.watch[0], _wake, ended)
                 try:
-                    await asyncio.wait([ended], timeout=min(remaining, 86400.0))
+                    await asyncio.wait([ended], timeout=self.pause(looks))
                 finally:
                     loop.remove_reader(self.watch[0])
             else:
-                await asyncio.sleep(min(remaining, nap))
-            if self.over(remaining):
-                return
+                await asyncio.sleep(self.pause(looks))
+            self.look()
+            looks += 1
 
-    def remaining(self) -> float:
-        """Seconds to the deadline, never below 0."""
-        return math.inf if self.timeout is None else max(self.started + self.timeout - time.monotonic(), 0.0)
+    def pause(self, looks: int) -> float:
+        """Seconds until the next look at the child, after so many looks; never beyond the deadline.
 
-    def over(self, remaining: float) -> bool:
-        """Whether the child is gone, killed if it must."""
-        if remaining == 0 and not self.reap(os.WNOHANG):
+        Where the end of the child wakes us, it is a second: a signal that comes just before the sleep does not end it,
+        and its handler, which may raise, is to run soon all the same.
+        """
+        longest = 1.0 if self.watch else min(0.001 * 1.5**looks, 0.02)
+        return longest if self.timeout is None else min(longest, self.remaining(self.timeout))
+
+    def remaining(self, timeout: float) -> float:
+        return max(self.started + timeout - time.monotonic(), 0.0)
+
+    def look(self) -> None:
+        """Reap the child if it has ended, kill it if it should have."""
+        late = self.timeout is not None and self.remaining(self.timeout) == 0
+        if not self.reap(os.WNOHANG) and late:
             self.expired = True
             self.kill()
-        return self.reap(os.WNOHANG)
 
     def reap(self, options: int = 0) -> bool:
         """Wait for the child, or look with ``os.WNOHANG``; whether it is gone."""
+        waitpid = _libc_waitpid_nohang if options == os.WNOHANG else _libc_waitpid
         while not self.gone:
-            waitpid = _libc_waitpid_nohang if options == os.WNOHANG else _libc_waitpid
-            pid = waitpid(self.pids["child"], ctypes.byref(self.status), options)
+            pid = waitpid(self.child, ctypes.byref(self.status), options)
             if pid == 0:
                 return False
             if pid < 0:
@@ -541,25 +631,26 @@ class _Call:
                 if self.watch and _pidfd_send_signal:
                     _pidfd_send_signal(self.watch[0], signal.SIGKILL)
                 else:
-                    os.kill(self.pids["child"], signal.SIGKILL)
+                    os.kill(self.child, signal.SIGKILL)
             self.reap()
 
     # -- giving back
 
     def end(self) -> None:
         """Give back all that is still held; a second call goes on with what a signal handler's exception cut short."""
-        if self.pids.get("child") == 0:
+        if self.child == 0:
             _libc_exit(1)  # the child never returns into the caller's code
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
-        if self.threaded:
-            self.release_locks()
-        if not self.gone and self.pids.get("child", -1) > 0:
+        if self.threads is not None:
+            self.threads.release_locks()
+        if not self.gone and self.child > 0:
             self.kill()
+        self.header = self.region = self.sink = self.dump = None  # nobody may look there any more
+        if self.stream is not None:
+            self.stream.close()
         _drain(self.watch, _libc_close)
         _drain(self.bulk, _libc_close if self.received <= _REGION_SIZE else os.close)  # freeing much takes a while
-        if self.mapping:
-            self.region = memoryview(b"")  # nobody may look there any more
-            _drain(self.mapping, _libc_munmap, _REGION_SIZE)
+        _drain(self.mapping, _libc_munmap, _SHARED_SIZE)
         self.ended = True
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
 
@@ -585,7 +676,7 @@ def _make_bulk(descriptors: list[int]) -> None:
 
 def _watch_end(pid: int, descriptors: list[int]) -> None:
     """Add a descriptor that becomes readable when the process ends, where the system has such a thing."""
-    with contextlib.suppress(OSError):
+    try:
         if _pidfd_open:
             _keep(descriptors, _pidfd_open, pid)
         elif sys.platform != "linux" and hasattr(select, "kqueue"):  # macOS and the BSDs
@@ -593,11 +684,8 @@ def _watch_end(pid: int, descriptors: list[int]) -> None:
                 flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
                 queue.control([select.kevent(pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT)], 0)
                 _keep(descriptors, os.dup, queue.fileno())
-
-
-def _naps() -> Iterator[float]:
-    """Seconds to sleep between looks at the child, where nothing wakes us: short at first, 20 ms in the end."""
-    return itertools.chain((0.001 * 1.5**n for n in range(8)), itertools.repeat(0.02))
+    except OSError:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
+        pass
 
 
 def _wake(ended: asyncio.Future[None]) -> None:
@@ -625,58 +713,37 @@ def _finish(call: _Call) -> None:
 # each cache that the parent did not fill: hence the local names, and what the parent prepares for the child.
 
 
-#: Before CPython 3.11 the interpreter looks for signals before almost every bytecode.
-_INTERRUPTED_ANYWHERE = sys.version_info < (3, 11)
-
-
-class _BeTheChild:
-    """Runs the child when it is deleted, as the last item of a tuple whose first is `_Leave`.
-
-    A tuple deletes its items from the last to the first, in C, and what is raised in a ``__del__`` goes no further.
-    So ``_exit`` follows whatever happens in the child: under a storm of signals whose handlers raise, exceptions come
-    faster there than any number of ``try`` and ``finally`` could stop them, and would carry the child out into the
-    caller's code. From 3.11 on those suffice; this would cost 20 page faults.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __del__(self) -> None:
-        _be_the_child(*self.arguments)
-
-
-class _Leave:
-    __del__ = staticmethod(functools.partial(_libc_exit, 1))
-
-
-def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+def _be_the_child(
+    call: _Call,
+    header: memoryview,
+    mask: ctypes.Array[ctypes.c_char],
+    setup: list[Callable[[], None]],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> NoReturn:
     """Run the callable and deliver its outcome. Signals are blocked but while the callable runs."""
-    region, pid = call.region, _getpid()
+    pid = _getpid()
     try:
         try:
             if _libc_prctl is not None:
                 _libc_prctl(_PR_SET_PDEATHSIG, 9)
-                if _getppid() != call.pids["parent"]:  # it died before that
+                if _getppid() != call.parent:  # it died before that
                     _libc_exit(1)
-            if call.threaded or not call.flushed:
-                _renew_streams()
-            if call.threaded:
-                _repair_after_threads(call)
             _set_wakeup_fd(-1)  # the parent's event loop listens there
-            if "asyncio" in sys.modules:
-                _leave_event_loop(sys.modules["asyncio"])
             _freeze()  # never collect, or finalise, the parent's garbage; and leave the pages of its heap shared
-            if call.memory_limit is not None:
-                _limit_memory(call, call.memory_limit)
+            if setup:
+                for step in setup:
+                    step()
         except BaseException as error:
             _deliver_failure(call, _SETUP_FAILED, "the child could not be set up", error)
             _libc_exit(1)
-        stdout, stderr = sys.stdout, sys.stderr
+        stdout, stderr, recursion_limit = sys.stdout, sys.stderr, _getrecursionlimit()
         value = failure = None
-        region[:8] = _RUNNING
+        header[_PROGRESS] = _RUNNING
         try:
             try:
-                _libc_sigmask(_SIG_SETMASK, call.mask, None)
+                _libc_sigmask(_SIG_SETMASK, mask, None)
                 value = function(*args, **kwargs)
             finally:
                 _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
@@ -685,16 +752,16 @@ def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ..
             failure = error
         if _getpid() != pid:
             _libc_exit(0)  # a process that the callable forked came back out of it
-        region[:8] = _RETURNED
+        header[_PROGRESS] = _RETURNED
         # What the callable set must not disturb the rest.
         if _gettrace() is not None:
             sys.settrace(None)
         if _getprofile() is not None:
             sys.setprofile(None)
-        if _getrecursionlimit() < call.recursion_limit:
-            sys.setrecursionlimit(call.recursion_limit)
-        if call.memory_limit is not None:
-            _lift_memory_limit(call)
+        if _getrecursionlimit() < recursion_limit:
+            sys.setrecursionlimit(recursion_limit)
+        if setup and call.memory_limit is not None:
+            call.lift_memory_limit()
         _deliver_outcome(call, value, failure)
         _flush(stdout, stderr)
         if sys.stdout is not stdout or sys.stderr is not stderr:
@@ -708,7 +775,7 @@ def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ..
                 break
             except BaseException:
                 continue
-        if _getpid() == pid and region[:8] != _DELIVERED:
+        if _getpid() == pid and header[_PROGRESS] != _DELIVERED:
             _deliver_outcome(call, None, failure)
             _libc_exit(0)
     finally:
@@ -716,21 +783,32 @@ def _be_the_child(call: _Call, function: Callable[..., Any], args: tuple[Any, ..
     raise AssertionError("_exit returned")
 
 
-def _limit_memory(call: _Call, extra: int) -> None:
-    with open("/proc/self/statm") as statm:
-        data = int(statm.read().split()[5]) * _PAGE
-    call.data_limits = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [limit for limit in (data + extra, soft, hard, sys.maxsize) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+if sys.version_info >= (3, 11):
+    _become_the_child = _be_the_child
+else:
+    # There the interpreter looks for signals before almost every bytecode. Under a storm of them whose handlers raise,
+    # exceptions come faster than any number of try and finally could stop them, and would carry the child out into the
+    # caller's code. So the child runs in a __del__, out of which nothing is raised, and _exit follows, whatever happens:
+    # a tuple deletes its items from the last to the first, in C. From 3.11 on this would only cost 20 page faults.
+
+    def _become_the_child(*child: Any) -> None:
+        guard = (_Leave(), _BeTheChild(*child))
+        del guard
+
+    class _BeTheChild:
+        def __init__(self, *child: Any) -> None:
+            self.child = child
+
+        def __del__(self) -> None:
+            _be_the_child(*self.child)
+
+    class _Leave:
+        __del__ = staticmethod(functools.partial(_libc_exit, 1))
 
 
-def _lift_memory_limit(call: _Call) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the callable lowered the hard limit
-        resource.setrlimit(resource.RLIMIT_DATA, call.data_limits)
-
-
-def _leave_event_loop(asyncio: Any) -> None:
+def _leave_event_loop() -> None:
     """Let the callable run an event loop of its own although the parent's was running at the fork."""
+    asyncio: Any = sys.modules["asyncio"]
     loop = asyncio._get_running_loop()
     if loop is not None:
         task = asyncio.current_task(loop)
@@ -749,48 +827,7 @@ def _run_coroutine(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -
     return asyncio.run(value)
 
 
-# Locks of the standard library's own modules that another thread may hold at any moment.
-_STANDARD_LOCKS = (
-    ("_strptime", "_cache_lock"),
-    ("asyncio.events", "_lock"),
-    ("asyncio.mixins", "_global_lock"),
-    ("concurrent.futures.thread", "_global_shutdown_lock"),
-    ("sysconfig", "_CONFIG_VARS_LOCK"),
-    ("tempfile", "_once_lock"),
-)
 _retired: list[Any] = []
-
-
-def _repair_after_threads(call: _Call) -> None:
-    """Free the child from what the threads that it does not have were doing at the fork."""
-    # 1. The interpreter itself is repaired already (_Call.fork_among_threads). The hooks go back, for later forks.
-    _child_hooks[:] = call.hooks
-    # 2. Imports: a module that another thread was in the middle of importing is imported anew.
-    bootstrap: Any = sys.modules["_frozen_importlib"]
-    for name, reference in list(bootstrap._module_locks.items()):
-        if getattr(reference(), "owner", None) not in (None, threading.get_ident()):
-            sys.modules.pop(name, None)
-    bootstrap._module_locks.clear()
-    bootstrap._blocking_on.clear()
-    # 3. threading: only this thread is left, and it is the main thread.
-    threading._after_fork()  # type: ignore[attr-defined]
-    # 4. Logging: a lock that was not to be had in time is made anew; logging's own first, which createLock takes.
-    held = set(map(id, call.logging_locks))
-    if id(logging._lock) not in held:  # type: ignore[attr-defined]
-        logging._lock = threading.RLock()  # type: ignore[attr-defined]
-    for reference in list(logging._handlerList):  # type: ignore[attr-defined]
-        handler = reference()
-        if isinstance(getattr(handler, "lock", None), _LOCK_TYPES) and id(handler.lock) not in held:
-            handler.createLock()
-    global _turns
-    if not call.turn:
-        _turns = threading.RLock()
-    call.release_locks()
-    # 5. Single locks.
-    for module_name, name in _STANDARD_LOCKS:
-        module = sys.modules.get(module_name)
-        if hasattr(module, name):
-            setattr(module, name, threading.RLock() if "CONFIG" in name else threading.Lock())
 
 
 def _renew_streams() -> None:
@@ -824,25 +861,25 @@ def _fresh(stream: Any) -> Any:
 class _Sink:
     """The file that a child pickles to: into the region while it fits there, and all into the bulk once it does not."""
 
-    def __init__(self, call: _Call) -> None:
-        self.call = call
-        self.region = call.region
-        self.in_bulk = False
-        self.length = 0
+    length = 0
+    in_bulk = False
+    failed = False  # which tells a failed write from an object that cannot be pickled
+    bulk_in_child: int | None = None
+
+    def __init__(self, call: _Call) -> None:  # and does not keep it, for they would be a cycle
+        self.header, self.region, self.bulk_in_parent, self.parent = call.header, call.region, call.bulk, call.parent
         self.buffers: list[memoryview] = []
-        self.failed = False  # which tells a failed write from an object that cannot be pickled
 
     def write(self, data: Any) -> None:
-        start = _START + self.length
-        size = len(data)
-        if self.in_bulk or start + size > _REGION_SIZE:
+        start, end = self.length, self.length + len(data)
+        if end > _REGION_SIZE or self.in_bulk:
             if not self.in_bulk:
                 self.in_bulk = True
-                self.write_at(0, self.region[_START:start])
-            self.write_at(self.length, data)
+                self.write_at(0, self.region[:start])
+            self.write_at(start, data)
         else:
-            self.region[start : start + size] = data
-        self.length += size
+            self.region[start:end] = data
+        self.length = end
 
     def write_at(self, offset: int, data: Any) -> None:
         try:
@@ -857,19 +894,17 @@ class _Sink:
     @property
     def bulk(self) -> int:
         """The bulk's descriptor: the parent's, opened anew, for the callable may have closed or reused the child's."""
-        number = self.call.bulk[0]
-        if self.call.bulk_in_child is not None:
-            return self.call.bulk_in_child
-        try:
-            path = f"/proc/{self.call.pids['parent']}/fd/{number}"
-            with open(path, "r+b", buffering=0) as file:
-                self.call.bulk_in_child = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
-        except OSError:  # no /proc, or no permission
-            found = os.fstat(number)
-            if found.st_nlink or found.st_size:
-                raise OSError(errno.EBADF, "the callable closed the descriptor for large results") from None
-            self.call.bulk_in_child = number
-        return self.call.bulk_in_child
+        if self.bulk_in_child is None:
+            number = self.bulk_in_parent[0]
+            try:
+                with open(f"/proc/{self.parent}/fd/{number}", "r+b", buffering=0) as file:
+                    self.bulk_in_child = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
+            except OSError:  # no /proc, or no permission
+                found = os.fstat(number)
+                if found.st_nlink or found.st_size:
+                    raise OSError(errno.EBADF, "the callable closed the descriptor for large results") from None
+                self.bulk_in_child = number
+        return self.bulk_in_child
 
     def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
         """Set a large buffer aside, to be written as it is; true where it is small and goes with the rest."""
@@ -880,14 +915,17 @@ class _Sink:
         return False
 
     def deliver(self, kind: int) -> None:
-        """Write the buffers behind what was pickled, and fill in the header."""
+        """Write the buffers behind what was pickled, and fill in all of the header: the callable can have written there."""
+        count = 0
         if self.buffers:
+            count = len(self.buffers)
             lengths = [view.nbytes for view in self.buffers]
-            self.write(struct.pack(f"={len(lengths)}Q", *lengths))
+            self.write(struct.pack(f"={count}Q", *lengths))
             for offset, view in zip(_offsets(self.length if self.in_bulk else 0, lengths), self.buffers):
                 self.write_at(offset, view)
-        _pack_header(self.region, 0, _RETURNED, kind, len(self.buffers), self.length, self.in_bulk)
-        self.region[:8] = _DELIVERED
+        header = self.header
+        header[_KIND], header[_BUFFERS], header[_LENGTH], header[_IN_BULK] = kind, count, self.length, self.in_bulk
+        header[_PROGRESS] = _DELIVERED
 
 
 class _ExceptionPickler(pickle.Pickler):
@@ -1001,6 +1039,7 @@ def _warm_up() -> None:
     Each child would else fill them for itself, which costs a trivial call some 10 page faults.
     """
     call = _Call(_warm_up)
+    call.header = memoryview(bytearray(_HEADER_SIZE)).cast("Q")
     call.region = memoryview(bytearray(_REGION_SIZE))
     for _ in range(16):
         call.prepare()
@@ -1012,20 +1051,24 @@ def _warm_up() -> None:
 
 def _outcome(call: _Call) -> Any:
     """Return or raise what the child delivered, or say what became of it."""
-    progress, kind, count, length, in_bulk = _HEADER.unpack_from(call.region)
-    name = _name(call.function)
+    progress, kind, count, length, in_bulk = call.header.tolist()
     if progress != _DELIVERED:
-        raise _failure(call, progress, name)
+        raise _failure(call, progress)
     try:
-        file, buffers = _receive(call, count, length, in_bulk)
-        unpickler = pickle.Unpickler(file, buffers=buffers)
-        first = unpickler.load()
+        if kind == _RESULT and not count and not in_bulk:
+            call.received = length
+            return pickle.loads(call.region[:length])
+        buffers = _receive(call, count, length, bool(in_bulk))
+        unpickler = pickle.Unpickler(call.stream, buffers=buffers)
+        first = unpickler.load()  # the result; of all else a text, so that this arrives whatever comes next
     except Exception as error:
         if _came_from_a_signal_handler(error):
             raise
-        raise DeserializationError(f"{name} returned, but rebuilding its result raised {_say(error)}") from error
+        message = f"{_name(call.function)} returned, but rebuilding its result raised {_say(error)}"
+        raise DeserializationError(message) from error
     if kind == _RESULT:
         return first
+    name = _name(call.function)
     try:
         second: Any
         second, state = unpickler.load()
@@ -1048,8 +1091,9 @@ def _outcome(call: _Call) -> Any:
     raise failures[kind](f"{name}: {first}") from second
 
 
-def _failure(call: _Call, progress: bytes, name: str) -> MemIsolateError:
+def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
+    name = _name(call.function)
     if call.expired:
         message = (
             f"{name} did not end within {call.timeout} s, and was killed; allow more time, or retry if it may run twice"
@@ -1083,31 +1127,29 @@ def _failure(call: _Call, progress: bytes, name: str) -> MemIsolateError:
     return error
 
 
-def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> tuple[Any, list[Any]]:
-    """The stream as a file, and the buffers behind it, each in memory of its own that nobody else can change.
+def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> list[Any]:
+    """Open the stream, and return the buffers behind it, each in memory of its own that nobody else can change.
 
     The largest piece of the bulk stays where it is: if a buffer, it is mapped; if the stream, it is read from there.
     All else moves to ordinary memory and is cut out of the bulk, so that no piece keeps another one's memory.
     """
     bulk, table = call.bulk[0], 8 * count
-    stream: Any = _BulkReader(bulk) if in_bulk else io.BytesIO(call.region[_START : _START + length])
-    if not in_bulk and not count:
-        call.received = length
-        return stream, []
-    stream.seek(length - table)
-    lengths = struct.unpack(f"={count}Q", stream.read(table))
-    stream.seek(0)
-    call.received = length - table + sum(lengths)
-    offsets = list(_offsets(length if in_bulk else 0, lengths))
-    largest = max(lengths, default=0)
-    staying = lengths.index(largest) if largest >= (length if in_bulk else 1) else -1
-    buffers = [None if i == staying else _read(bulk, *piece) for i, piece in enumerate(zip(offsets, lengths))]
-    if staying >= 0:
-        stream = io.BytesIO(stream.read(length))
-        buffers[staying] = _map_alone(bulk, offsets[staying], largest) or _read(bulk, offsets[staying], largest)
-    elif in_bulk and not _seal(bulk):
-        stream = io.BytesIO(_read(bulk, 0, length))
-    return stream, buffers
+    packed = os.pread(bulk, table, length - table) if in_bulk else call.region[length - table : length]
+    lengths = [length if in_bulk else 0, *struct.unpack(f"={count}Q", packed)]
+    call.received = length - table + sum(lengths[1:])
+    pieces = list(zip([0, *_offsets(lengths[0], lengths[1:])], lengths))
+    largest = lengths.index(max(lengths))
+    memory: list[Any] = [_read(bulk, *piece) if i != largest else None for i, piece in enumerate(pieces)]
+    if largest > 0:
+        memory[largest] = _map_alone(bulk, *pieces[largest])
+    elif in_bulk and _seal(bulk):
+        with contextlib.suppress(OSError):  # opened anew: a process left behind may move the descriptor's position
+            call.stream = open(f"/proc/self/fd/{bulk}", "rb", buffering=1 << 18)
+            return memory[1:]
+    if memory[largest] is None:
+        memory[largest] = _read(bulk, *pieces[largest])
+    call.stream = io.BytesIO(memory[0] if in_bulk else call.region[:length])
+    return memory[1:]
 
 
 def _seal(bulk: int) -> bool:
@@ -1122,46 +1164,15 @@ def _seal(bulk: int) -> bool:
     return True
 
 
-class _BulkReader:
-    """The bulk as a file, read at a position of its own: a process left behind may move the descriptor's."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.position = descriptor, 0
-
-    def seek(self, position: int) -> None:
-        self.position = position
-
-    def readinto(self, memory: Any) -> int:
-        view, done = memoryview(memory), 0
-        while done < view.nbytes:  # one call reads 2 GiB at most
-            count = os.preadv(self.descriptor, [view[done : done + (1 << 30)]], self.position)
-            if count == 0:
-                break
-            self.position += count
-            done += count
-        return done
-
-    def read(self, size: int) -> bytes:
-        if size <= 1 << 30:
-            data = os.pread(self.descriptor, size, self.position)
-            self.position += len(data)
-            return data
-        large = bytearray(size)
-        return bytes(memoryview(large)[: self.readinto(large)])
-
-    def readline(self) -> bytes:  # for opcodes that protocol 5 does not write
-        line = os.pread(self.descriptor, 1 << 16, self.position).split(b"\n")[0] + b"\n"
-        self.position += len(line)
-        return line
-
-
 def _read(bulk: int, offset: int, length: int) -> memoryview:
     """A piece of the bulk, in fresh memory."""
-    view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
-    reader = _BulkReader(bulk)
-    reader.seek(offset)
-    if reader.readinto(view) != length:
-        raise EOFError("the result was cut short")
+    view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE) if length else b"")
+    done = 0
+    while done < length:
+        count = os.preadv(bulk, [view[done : done + (1 << 30)]], offset + done)  # one call reads 2 GiB at most
+        if count == 0:
+            raise EOFError("the result was cut short")
+        done += count
     return view
 
 
@@ -1188,9 +1199,6 @@ def _map_alone(bulk: int, offset: int, length: int) -> memoryview | None:
     return memoryview(memory)
 
 
-_warm_up()
-
-
 # The clean-up is written out in both: on the way into a function of its own a signal handler could raise, and skip it.
 
 
@@ -1205,7 +1213,8 @@ def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         finally:
             if not call.ended:  # a signal handler raised on the way into it
                 _finish(call)
-        _log(call)
+        if _logger.isEnabledFor(logging.DEBUG):
+            _log(call)
 
 
 async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -1219,17 +1228,17 @@ async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any])
         finally:
             if not call.ended:  # a signal handler raised on the way into it
                 _finish(call)
-        _log(call)
+        if _logger.isEnabledFor(logging.DEBUG):
+            _log(call)
 
 
 def _log(call: _Call) -> None:
-    if _logger.isEnabledFor(logging.DEBUG):
-        error = sys.exc_info()[0]
-        outcome = "returned" if error is None else f"raised {error.__name__}"
-        pid = call.pids.get("child")
-        seconds = time.monotonic() - call.started
-        message = "%s in child %s %s after %.6f s, %d bytes returned"
-        _logger.debug(message, _name(call.function), pid, outcome, seconds, call.received)
+    error = sys.exc_info()[0]
+    outcome = "returned" if error is None else f"raised {error.__name__}"
+    pid = call.child if call.child > 0 else None
+    seconds = time.monotonic() - call.started
+    message = "%s in child %s %s after %.6f s, %d bytes returned"
+    _logger.debug(message, _name(call.function), pid, outcome, seconds, call.received)
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -1510,6 +1519,8 @@ def _tour() -> int:
     print(f"{failures} of {len(steps)} did not do what they should" if failures else "This platform is supported.")
     return 1 if failures else 0
 
+
+_warm_up()  # last, since another global would make the interpreter forget what it learnt about those
 
 if __name__ == "__main__":
     sys.exit(_tour())
