@@ -595,7 +595,7 @@ class _Call:
         Where the end of the child wakes us, it is a second: a signal that comes just before the sleep does not end it,
         and its handler, which may raise, is to run soon all the same.
         """
-        longest = 1.0 if self.watch else min(0.001 * 1.5**looks, 0.02)
+        longest = 1.0 if self.watch else 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
         return longest if self.timeout is None else min(longest, self.remaining(self.timeout))
 
     def remaining(self, timeout: float) -> float:

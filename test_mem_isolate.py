@@ -49,6 +49,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import typing
 from pathlib import Path
 
@@ -57,6 +58,7 @@ from mem_isolate import (
     CallableExecutedError,
     CallableStatusUnknownError,
     CallableTimeoutError,
+    DeserializationError,
     KilledBySignalError,
     MemIsolateError,
     ResultDeliveryError,
@@ -76,9 +78,19 @@ else:
         """Stands for pytest in the new interpreters of in_fresh_process, which start twice as fast without it."""
 
         def __getattr__(self, name):
-            if name in ("raises", "fail", "skip", "importorskip"):  # what a function that runs there may call
+            if name in ("fail", "skip", "importorskip"):
                 return getattr(importlib.import_module("pytest"), name)
             return self
+
+        @contextlib.contextmanager
+        def raises(self, expected, match=None):
+            raised = types.SimpleNamespace(value=None)
+            try:
+                yield raised
+            except expected as error:
+                assert match is None or re.search(match, str(error)), f"{match!r} is not in {str(error)!r}"
+                raised.value = error
+            assert raised.value is not None, f"{expected} was not raised"
 
         def __call__(self, *_, **__):
             return self
@@ -1879,13 +1891,15 @@ def test_readme_block_runs(block, tmp_path):
 
 
 def repetitions(few, many):
-    """Run a test a ``few`` times always, and as ``many`` times as it takes to be sure under ``-m stress``."""
+    """Repeat a test's calls a ``few`` times by default, and with ``-m stress`` as ``many`` as it takes to be sure."""
 
     @stress
     def marked():
         """Only carries the marks, since a parameter cannot be decorated."""
 
-    return pytest.mark.parametrize("repeat", [few, pytest.param(many, marks=marked.pytestmark)])
+    in_short = pytest.mark.skipif("'stress' in (config.getoption('-m') or '')", reason="runs at length")
+    params = [pytest.param(few, marks=in_short), pytest.param(many, marks=marked.pytestmark)]
+    return pytest.mark.parametrize("repeat", params)
 
 
 def hang_limit(repeat):
@@ -2056,7 +2070,7 @@ def calls_beside_chained_handlers(folder, repeat):
             assert execute_in_isolated_process(log_in_the_child, number) == number
 
 
-@repetitions(3, 40)
+@repetitions(3, 12)
 def test_handlers_locked_in_any_order_deadlock_nobody(tmp_path, repeat):
     in_fresh_process(calls_beside_chained_handlers, tmp_path, repeat, timeout=hang_limit(repeat))
 
@@ -2742,7 +2756,7 @@ def calls_interrupted_at_a_terminal(repeat):
         assert output.replace(b"^C", b"").strip() == b"1 interrupts", (function.__name__, output)
 
 
-@repetitions(2, 50)
+@repetitions(2, 12)
 def test_ctrl_c_at_a_terminal_is_one_keyboard_interrupt(repeat):
     in_fresh_process(calls_interrupted_at_a_terminal, repeat, timeout=hang_limit(repeat))
 
@@ -2843,7 +2857,7 @@ def calls_whose_children_others_reap(reaper, repeat):
     assert_no_child_is_left()
 
 
-@repetitions(30, 500)
+@repetitions(30, 300)
 @pytest.mark.parametrize("reaper", REAPERS)
 def test_outcome_arrives_though_somebody_else_reaps_the_child(reaper, repeat):
     in_fresh_process(calls_whose_children_others_reap, reaper, repeat, timeout=hang_limit(repeat))
@@ -3537,6 +3551,13 @@ def test_long_timeout_lets_the_callable_end(timeout):
         isolated(timeout=timeout)(die_by_sigkill)()
 
 
+def test_looks_at_the_child_stay_frequent_however_long_it_runs():
+    """Where nothing wakes the caller; the 2,000th look comes after half a minute."""
+    call = mem_isolate._Call(int, timeout=1e6)
+    pauses = [call.pause(looks) for looks in (0, 1, 10, 2_000, 10**9)]
+    assert pauses == sorted(pauses) and 0 < pauses[0] and pauses[-1] <= 0.02
+
+
 @linux_only
 @has_pidfd
 def test_waiting_for_the_limit_does_not_poll():
@@ -3651,7 +3672,7 @@ def usual_duration():
 @stress
 def test_limit_reached_while_the_callable_ends_gives_one_outcome_or_the_other():
     outcomes, usual = collections.Counter(), usual_duration()
-    for _ in range(500):
+    for _ in range(300):
         try:
             assert isolated(timeout=random.uniform(0.3, 2) * usual)(return_a_mebibyte)() == bytes(MIB)
             outcomes["result"] += 1
@@ -4097,7 +4118,7 @@ def test_calls_work_where_pidfd_open_fails(monkeypatch, error):
 def test_call_can_be_cancelled_at_any_moment(run_in_a_loop):
     async def main():
         outcomes, usual = collections.Counter(), usual_duration()
-        for _ in range(500):
+        for _ in range(250):
             call = asyncio.ensure_future(execute_in_isolated_process_async(return_a_mebibyte))
             await asyncio.sleep(random.uniform(0, 2) * usual)
             call.cancel()
@@ -4814,6 +4835,24 @@ def test_large_result_is_never_held_twice_in_the_child(kind):
     assert returned < 16, f"returning it took {returned} MiB more"
 
 
+def fail_at_length():
+    raise ValueError(b"x" * MIB)
+
+
+class DoesNotUnpickle:
+    def __reduce__(self):
+        return int, ("no number" * MIB,)
+
+
+@pytest.mark.parametrize("function, error", [(fail_at_length, ValueError), (DoesNotUnpickle, DeserializationError)])
+def test_exception_that_is_kept_keeps_no_descriptor(function, error):
+    before = open_descriptors()
+    with pytest.raises(error) as kept:
+        execute_in_isolated_process(function)
+    assert open_descriptors() == before
+    assert kept.value.__traceback__
+
+
 @stress
 def test_thousand_results_use_no_descriptors():
     before = open_descriptors()
@@ -4981,7 +5020,7 @@ def test_results_of_more_than_2_gib(kind):
 def test_many_large_results_leave_no_memory_behind():
     execute_in_isolated_process(holder_of, 2 * MIB)
     before = kibibytes("/proc/self/status", "VmRSS")
-    for _ in range(1000):
+    for _ in range(300):
         execute_in_isolated_process(holder_of, 2 * MIB)
     assert kibibytes("/proc/self/status", "VmRSS") - before < 8 * 1024
 
