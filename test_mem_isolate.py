@@ -167,11 +167,11 @@ def in_fresh_process(function, *arguments, timeout=60, env=None, expect=0, pytho
         start_new_session=True,
         env=environment,
     )
-    hung = False
+    hung = None
     try:
         output = process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
-        hung = True
+        hung = "".join(map(state_of_process, processes_of_session(process.pid)))
         os.killpg(process.pid, signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=5)
@@ -179,9 +179,25 @@ def in_fresh_process(function, *arguments, timeout=60, env=None, expect=0, pytho
             os.killpg(process.pid, signal.SIGKILL)
         output = process.communicate()[0]
     text = output.decode(errors="replace")
-    assert not hung, f"{function.__name__} hung for {timeout} s:\n{text}"
+    assert hung is None, f"{function.__name__} hung for {timeout} s:\n{hung}{text}"
     assert process.returncode == expect, f"{function.__name__} ended with {process.returncode}:\n{text}"
     return text
+
+
+def processes_of_session(leader):
+    for name in os.listdir("/proc") if sys.platform == "linux" else ():
+        with contextlib.suppress(ValueError, ProcessLookupError):
+            if os.getsid(int(name)) == leader:
+                yield int(name)
+
+
+def state_of_process(pid):
+    """Where a process is: also one that hangs with all signals blocked, so that faulthandler cannot show it."""
+    state = f"process {pid}:"
+    for name in ("wchan", "syscall", "stack"):
+        with contextlib.suppress(OSError):
+            state += f" {name}: " + " ".join(Path(f"/proc/{pid}/{name}").read_text().replace("[<0>]", "").split())
+    return state + "\n"
 
 
 def wait_until(condition, seconds=10):
