@@ -18,6 +18,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import mmap
 import os
 import pickle
 import platform
@@ -112,6 +113,21 @@ def fork_with_wait():
     if pid == 0:
         libc_exit(0)
     libc_waitpid(pid, None, 0)
+
+
+@labelled("fork + shared mmap + pickle, bare")
+def bare_call():
+    """The least that brings a result back: nothing is flushed, no signal, death, limit or exception is provided for."""
+    region = mmap.mmap(-1, 64 * KIB)
+    pid = libc_fork()
+    if pid == 0:
+        result = pickle.dumps(answer(), protocol=5)
+        region[: len(result)] = result
+        libc_exit(0)
+    libc_waitpid(pid, None, 0)
+    result = pickle.loads(region)
+    region.close()
+    return result
 
 
 @labelled("execute_in_isolated_process")
@@ -593,7 +609,8 @@ def row(contender, detail="", **state):
 
 
 def overhead():
-    contenders = (direct_function_call, fork_alone, fork_with_wait, isolated_call, os_fork_with_wait, pipe_by_hand)
+    by_libc = (fork_alone, fork_with_wait, bare_call, isolated_call)
+    contenders = (direct_function_call, *by_libc, os_fork_with_wait, pipe_by_hand)
     group = Group(OVERHEAD, [row(contender) for contender in (*contenders, *HEAVY)], weight=7)
     return Section("Overhead", label_of(fork_with_wait), [group])
 

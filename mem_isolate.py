@@ -861,14 +861,15 @@ def _fresh(stream: Any) -> Any:
 class _Sink:
     """The file that a child pickles to: into the region while it fits there, and all into the bulk once it does not."""
 
-    length = 0
-    in_bulk = False
-    failed = False  # which tells a failed write from an object that cannot be pickled
-    bulk_in_child: int | None = None
+    __slots__ = ("header", "region", "parent", "bulk", "own_bulk", "buffers", "length", "in_bulk", "failed")
 
     def __init__(self, call: _Call) -> None:  # and does not keep it, for they would be a cycle
-        self.header, self.region, self.bulk_in_parent, self.parent = call.header, call.region, call.bulk, call.parent
+        self.header, self.region, self.parent, self.bulk = call.header, call.region, call.parent, call.bulk
+        self.own_bulk: int | None = None
         self.buffers: list[memoryview] = []
+        self.length = 0
+        self.in_bulk = False
+        self.failed = False  # which tells a failed write from an object that cannot be pickled
 
     def write(self, data: Any) -> None:
         start, end = self.length, self.length + len(data)
@@ -886,25 +887,24 @@ class _Sink:
             with memoryview(data) as view:
                 written = 0
                 while written < view.nbytes:  # no more than 1 GiB at once: some systems refuse 2
-                    written += os.pwrite(self.bulk, view[written : written + (1 << 30)], offset + written)
+                    written += os.pwrite(self.open_bulk(), view[written : written + (1 << 30)], offset + written)
         except Exception:
             self.failed = True
             raise
 
-    @property
-    def bulk(self) -> int:
+    def open_bulk(self) -> int:
         """The bulk's descriptor: the parent's, opened anew, for the callable may have closed or reused the child's."""
-        if self.bulk_in_child is None:
-            number = self.bulk_in_parent[0]
+        if self.own_bulk is None:
+            number = self.bulk[0]
             try:
                 with open(f"/proc/{self.parent}/fd/{number}", "r+b", buffering=0) as file:
-                    self.bulk_in_child = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
+                    self.own_bulk = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
             except OSError:  # no /proc, or no permission
                 found = os.fstat(number)
                 if found.st_nlink or found.st_size:
                     raise OSError(errno.EBADF, "the callable closed the descriptor for large results") from None
-                self.bulk_in_child = number
-        return self.bulk_in_child
+                self.own_bulk = number
+        return self.own_bulk
 
     def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
         """Set a large buffer aside, to be written as it is; true where it is small and goes with the rest."""
@@ -1088,7 +1088,7 @@ def _outcome(call: _Call) -> Any:
         finally:
             del second, unpickler  # which refer to this frame, through a traceback
     failures = {_UNPICKLABLE: SerializationError, _UNWRITTEN: ResultDeliveryError, _SETUP_FAILED: ChildSetupError}
-    raise failures[kind](f"{name}: {first}") from second
+    raise failures.get(kind, DeserializationError)(f"{name}: {first}") from second
 
 
 def _failure(call: _Call, progress: int) -> MemIsolateError:
