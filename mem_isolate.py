@@ -201,6 +201,9 @@ _libc_mmap.restype = ctypes.c_void_p
 _libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc_munmap = _libc_quick.munmap
 _libc_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc_madvise_quick = _libc_quick.madvise
+_libc_madvise_quick.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MADV_DONTFORK = getattr(mmap, "MADV_DONTFORK", None)  # Linux has it
 _memoryview = pythonapi.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object
 _memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
@@ -257,14 +260,20 @@ def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> N
 
 
 def _came_from_a_signal_handler(error: BaseException) -> bool:
-    codes = set()
-    for number in signal.valid_signals():
-        handler: Any = signal.getsignal(number)
-        handler = getattr(handler, "func", handler)  # of a functools.partial
-        codes.add(
-            getattr(handler, "__code__", None) or getattr(getattr(type(handler), "__call__", None), "__code__", None)
-        )
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+    """Whether a handler raised it: that is a function which was given the very frame that called it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in list(frame.f_locals.values()):
+            if any(item is frame.f_back for item in (value if type(value) is tuple else (value,))):
+                return frame.f_back is not None
+    return False
+
+
+def _streams() -> tuple[Any, ...]:
+    """Return stdout and stderr and, where they have been replaced, the original ones too."""
+    stdout, stderr = getattr(sys, "stdout", None), getattr(sys, "stderr", None)
+    if stdout is sys.__stdout__ and stderr is sys.__stderr__:
+        return stdout, stderr
+    return stdout, stderr, sys.__stdout__, sys.__stderr__
 
 
 def _flush(*streams: Any) -> bool:
@@ -291,6 +300,7 @@ _acquire_turn = operator.methodcaller("acquire", True, 5)
 _acquire_soon = operator.methodcaller("acquire", True, 0.05)
 _release = operator.methodcaller("release")
 _LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))
+_bootstrap: Any = sys.modules["_frozen_importlib"]
 # Locks of the standard library's own modules that another thread may hold at any moment.
 _STANDARD_LOCKS = (
     ("_strptime", "_cache_lock"),
@@ -391,12 +401,11 @@ class _OtherThreads:
         # 1. The interpreter itself is repaired already (see fork). The hooks go back, for later forks.
         _child_hooks[:] = self.hooks
         # 2. Imports: a module that another thread was in the middle of importing is imported anew.
-        bootstrap: Any = sys.modules["_frozen_importlib"]
-        for name, reference in list(bootstrap._module_locks.items()):
+        for name, reference in list(_bootstrap._module_locks.items()):
             if getattr(reference(), "owner", None) not in (None, threading.get_ident()):
                 sys.modules.pop(name, None)
-        bootstrap._module_locks.clear()
-        bootstrap._blocking_on.clear()
+        _bootstrap._module_locks.clear()
+        _bootstrap._blocking_on.clear()
         # 3. threading: only this thread is left, and it is the main thread.
         threading._after_fork()  # type: ignore[attr-defined]
         # 4. Logging: a lock that was not to be had in time is made anew; logging's own first, which createLock takes.
@@ -435,6 +444,7 @@ _NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartru
 # What the child delivers.
 _RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
 
+_clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)  # time.monotonic may be replaced by a test suite
 _getpid, _getppid, _freeze, _set_wakeup_fd = os.getpid, os.getppid, gc.freeze, signal.set_wakeup_fd
 _gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
 _getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
@@ -444,15 +454,16 @@ _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
 class _Call:
     """One isolated call, and everything that it holds until ``end`` gives it back, however the call went."""
 
-    header: Any  # the five words, as integers
-    region: Any  # the bytes behind them
+    header: Any = None  # the five words, as integers
+    region: Any = None  # the bytes behind them
     sink: Any
     dump: Any
     child = -1  # its pid; in the child 0
     threads: _OtherThreads | None = None
-    gone = expired = ended = False
+    unblocked = gone = expired = ended = False
     wait_error: OSError | None = None
-    stream: Any = None  # what is unpickled, where that is not in the region
+    stream: Any = None  # what is unpickled
+    buffers: list[Any]  # what belongs to that, out of band
     received = 0  # bytes
 
     def __init__(
@@ -467,7 +478,7 @@ class _Call:
         self.function = function
         self.timeout = timeout
         self.memory_limit = memory_limit
-        self.started = time.monotonic()
+        self.started = _clock()
         self.parent = _getpid()
         self.mask = _SignalSet()
         _libc_sigmask(_SIG_BLOCK, None, self.mask)
@@ -481,14 +492,9 @@ class _Call:
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function (or ``run``), and does not return from here."""
-        self.flushed = _flush(sys.stdout, sys.stderr)  # or the child would print again what waits in them
+        self.flushed = _flush(*_streams())  # or the child would print again what waits in them
         if _IN_SUBINTERPRETER:
             raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
-        if _other_threads():
-            if _FREE_THREADED:
-                raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
-            self.threads = _OtherThreads()
-            self.threads.hold_locks()
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
         try:
             _keep(self.mapping, _libc_mmap, None, _SHARED_SIZE, *_SHARED_MEMORY)
@@ -502,6 +508,11 @@ class _Call:
             self.prepare()
         except (OSError, MemoryError) as error:
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
+        if _other_threads():  # as late as can be, since threads of C may come at any moment
+            if _FREE_THREADED:
+                raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
+            self.threads = _OtherThreads()
+            self.threads.hold_locks()
         # Looked up here, since it would cost the child more.
         become_the_child = _become_the_child
         child = self, self.header, self.mask, self.child_setup(), run or self.function, args, kwargs
@@ -511,6 +522,9 @@ class _Call:
             self.threads.fork(self)
         if self.child == 0:
             become_the_child(*child)
+        if _MADV_DONTFORK and (self.threads is not None or run is not None):
+            # A later child, forked while this one runs, does not get this region to scribble on.
+            _libc_madvise_quick(self.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
         if self.threads is not None:
             self.threads.release_locks()
         if self.child < 0:
@@ -519,6 +533,7 @@ class _Call:
             raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
         _watch_end(self.child, self.watch)
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
+        self.unblocked = True
 
     def child_setup(self) -> list[Callable[[], None]]:
         """What the child has to do before it calls the function, besides what every child has to."""
@@ -541,8 +556,8 @@ class _Call:
     # -- in the child
 
     def limit_memory(self) -> None:
-        with open("/proc/self/statm") as statm:
-            data = int(statm.read().split()[5]) * _PAGE
+        with open("/proc/self/status") as status:
+            data = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
         self.data_limits = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limits = (data + (self.memory_limit or 0), soft, hard, sys.maxsize)
         resource.setrlimit(
@@ -599,7 +614,7 @@ class _Call:
         return longest if self.timeout is None else min(longest, self.remaining(self.timeout))
 
     def remaining(self, timeout: float) -> float:
-        return max(self.started + timeout - time.monotonic(), 0.0)
+        return max(self.started + timeout - _clock(), 0.0)
 
     def look(self) -> None:
         """Reap the child if it has ended, kill it if it should have."""
@@ -610,28 +625,37 @@ class _Call:
 
     def reap(self, options: int = 0) -> bool:
         """Wait for the child, or look with ``os.WNOHANG``; whether it is gone."""
-        waitpid = _libc_waitpid_nohang if options == os.WNOHANG else _libc_waitpid
+        at_once = options == os.WNOHANG
         while not self.gone:
-            pid = waitpid(self.child, ctypes.byref(self.status), options)
-            if pid == 0:
+            waitpid = _libc_waitpid_nohang if at_once else _libc_waitpid
+            pid = waitpid(self.child, ctypes.byref(self.status), os.WNOHANG if at_once else 0)
+            if pid > 0 and os.WIFSTOPPED(self.status.value):  # it asked to be traced, and would wait for ever
+                os.kill(self.child, signal.SIGKILL)
+            elif pid > 0:
+                self.gone = True
+            elif pid == 0 and options == os.WNOHANG:
                 return False
-            if pid < 0:
-                code = ctypes.get_errno()
-                if code == errno.EINTR:
-                    continue
+            elif pid == 0 or not at_once:
+                # EINTR, or a code that a signal handler has replaced by one of its own: ask again without waiting.
+                at_once = not at_once
+            elif ctypes.get_errno() != errno.EINTR:
                 # ECHILD: somebody else reaped it, or SIGCHLD is ignored.
-                self.wait_error = OSError(code, os.strerror(code))
-            self.gone = True
+                self.wait_error = OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+                self.gone = True
         return True
 
     def kill(self) -> None:
         if not self.reap(os.WNOHANG):
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 # By pidfd, where there is one: it cannot hit a process that got the pid after somebody reaped ours.
                 if self.watch and _pidfd_send_signal:
                     _pidfd_send_signal(self.watch[0], signal.SIGKILL)
                 else:
                     os.kill(self.child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            except PermissionError as error:  # it has become another user's: nothing that we can do will end it
+                self.wait_error, self.gone = error, True
             self.reap()
 
     # -- giving back
@@ -640,14 +664,20 @@ class _Call:
         """Give back all that is still held; a second call goes on with what a signal handler's exception cut short."""
         if self.child == 0:
             _libc_exit(1)  # the child never returns into the caller's code
-        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
+        # A handler, or another task, may have changed the mask since start: that is to stay.
+        save, self.unblocked = self.mask if self.unblocked else None, False
+        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, save)
         if self.threads is not None:
             self.threads.release_locks()
         if not self.gone and self.child > 0:
             self.kill()
-        self.header = self.region = self.sink = self.dump = None  # nobody may look there any more
+        for view in (self.header, self.region):
+            if view is not None:
+                view.release()  # nobody may look there any more, a debugger in a traceback's frames included
+        self.header = self.region = self.sink = self.dump = None
         if self.stream is not None:
             self.stream.close()
+            self.buffers.clear()  # which those frames would keep
         _drain(self.watch, _libc_close)
         _drain(self.bulk, _libc_close if self.received <= _REGION_SIZE else os.close)  # freeing much takes a while
         _drain(self.mapping, _libc_munmap, _SHARED_SIZE)
@@ -728,7 +758,7 @@ def _be_the_child(
         try:
             if _libc_prctl is not None:
                 _libc_prctl(_PR_SET_PDEATHSIG, 9)
-                if _getppid() != call.parent:  # it died before that
+                if _getppid() not in (call.parent, 0):  # it died before that; 0 stands for one in another namespace
                     _libc_exit(1)
             _set_wakeup_fd(-1)  # the parent's event loop listens there
             _freeze()  # never collect, or finalise, the parent's garbage; and leave the pages of its heap shared
@@ -738,7 +768,7 @@ def _be_the_child(
         except BaseException as error:
             _deliver_failure(call, _SETUP_FAILED, "the child could not be set up", error)
             _libc_exit(1)
-        stdout, stderr, recursion_limit = sys.stdout, sys.stderr, _getrecursionlimit()
+        streams, recursion_limit = _streams(), _getrecursionlimit()
         value = failure = None
         header[_PROGRESS] = _RUNNING
         try:
@@ -763,9 +793,9 @@ def _be_the_child(
         if setup and call.memory_limit is not None:
             call.lift_memory_limit()
         _deliver_outcome(call, value, failure)
-        _flush(stdout, stderr)
-        if sys.stdout is not stdout or sys.stderr is not stderr:
-            _flush(sys.stdout, sys.stderr)
+        if _streams() != streams:
+            _flush(*_streams())
+        _flush(*streams)
         _libc_exit(0)
     except BaseException as error:  # handlers raised one after the other, or something is broken
         failure = error
@@ -808,7 +838,9 @@ else:
 
 def _leave_event_loop() -> None:
     """Let the callable run an event loop of its own although the parent's was running at the fork."""
-    asyncio: Any = sys.modules["asyncio"]
+    asyncio: Any = sys.modules.get("asyncio")
+    if not hasattr(asyncio, "_set_running_loop"):
+        return  # another thread was only importing it
     loop = asyncio._get_running_loop()
     if loop is not None:
         task = asyncio.current_task(loop)
@@ -827,35 +859,28 @@ def _run_coroutine(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -
     return asyncio.run(value)
 
 
-_retired: list[Any] = []
-
-
 def _renew_streams() -> None:
-    """Replace stdout and stderr by streams with nothing in their buffers and their locks free.
+    """Empty the buffers of stdout, stderr and the streams of logging, and free their locks.
 
     What the parent could not write yet is the parent's to write; and another thread may have been printing.
     """
-    pairs = [(stream, _fresh(stream)) for stream in (sys.stdout, sys.stderr)]
-    fresh = {id(old): new for old, new in pairs if new is not old}
-    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
-        stream = getattr(sys, name)
-        if id(stream) in fresh:
-            _retired.append(stream)  # never closed, for that would flush it
-            setattr(sys, name, fresh[id(stream)])
-    for reference in list(logging._handlerList):  # type: ignore[attr-defined]
-        handler = reference()
-        if handler is not None and id(vars(handler).get("stream")) in fresh:
-            handler.stream = fresh[id(handler.stream)]
+    handlers = [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
+    for stream in (*_streams(), *(getattr(handler, "stream", None) for handler in handlers)):
+        with contextlib.suppress(OSError, ValueError):  # closed or detached
+            if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
+                buffer: Any = stream.buffer
+                raw = buffer.raw
+                buffer.__init__(_Discard())  # with a new lock
+                stream.flush()
+                buffer.__init__(raw)
 
 
-def _fresh(stream: Any) -> Any:
-    """A text stream like this one, but with an empty buffer and free locks; the same one if it is not a plain one."""
-    with contextlib.suppress(OSError, ValueError):  # closed or detached
-        if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
-            raw = io.FileIO(stream.fileno(), "w", closefd=False)
-            options: Any = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, "\n", **options)
-    return stream
+class _Discard(io.RawIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return len(data)
 
 
 class _Sink:
@@ -895,15 +920,15 @@ class _Sink:
     def open_bulk(self) -> int:
         """The bulk's descriptor: the parent's, opened anew, for the callable may have closed or reused the child's."""
         if self.own_bulk is None:
-            number = self.bulk[0]
-            try:
-                with open(f"/proc/{self.parent}/fd/{number}", "r+b", buffering=0) as file:
-                    self.own_bulk = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
-            except OSError:  # no /proc, or no permission
-                found = os.fstat(number)
-                if found.st_nlink or found.st_size:
-                    raise OSError(errno.EBADF, "the callable closed the descriptor for large results") from None
-                self.own_bulk = number
+            self.own_bulk = number = self.bulk[0]
+            # In the /proc of another pid namespace the parent's number would be somebody else's.
+            with contextlib.suppress(OSError):
+                if os.readlink("/proc/self") == str(_getpid()):
+                    with open(f"/proc/{self.parent}/fd/{number}", "r+b", buffering=0) as file:
+                        self.own_bulk = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
+            found = os.fstat(self.own_bulk)
+            if found.st_nlink or self.own_bulk == number and found.st_size:  # it has no name, and is still empty
+                raise OSError(errno.EBADF, "the callable closed the descriptor for large results")
         return self.own_bulk
 
     def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
@@ -966,6 +991,8 @@ def _exception_state(error: BaseException) -> dict[str, Any]:
 
 def _set_exception_state(error: BaseException, state: dict[str, Any]) -> None:
     for name, value in state.items():
+        if value is None and getattr(error, name, error) is None:
+            continue  # OSError shows a None that was set, and does not show one that was not
         with contextlib.suppress(AttributeError, TypeError):  # some cannot be set: ExceptionGroup.message
             object.__setattr__(error, name, value)  # the class's own may refuse, as a frozen dataclass does
 
@@ -1058,8 +1085,8 @@ def _outcome(call: _Call) -> Any:
         if kind == _RESULT and not count and not in_bulk:
             call.received = length
             return pickle.loads(call.region[:length])
-        buffers = _receive(call, count, length, bool(in_bulk))
-        unpickler = pickle.Unpickler(call.stream, buffers=buffers)
+        _receive(call, count, length, bool(in_bulk))
+        unpickler = pickle.Unpickler(call.stream, buffers=call.buffers)
         first = unpickler.load()  # the result; of all else a text, so that this arrives whatever comes next
     except Exception as error:
         if _came_from_a_signal_handler(error):
@@ -1069,8 +1096,9 @@ def _outcome(call: _Call) -> Any:
     if kind == _RESULT:
         return first
     name = _name(call.function)
+    second: Any = None
+    state: Any = None
     try:
-        second: Any
         second, state = unpickler.load()
         if kind == _RAISED and not isinstance(second, BaseException):
             raise TypeError(f"it unpickles to {type(second).__qualname__}")
@@ -1086,7 +1114,7 @@ def _outcome(call: _Call) -> Any:
         try:
             raise second from _ChildTraceback(first)
         finally:
-            del second, unpickler  # which refer to this frame, through a traceback
+            del second, state, unpickler  # which refer to this frame, through a traceback
     failures = {_UNPICKLABLE: SerializationError, _UNWRITTEN: ResultDeliveryError, _SETUP_FAILED: ChildSetupError}
     raise failures.get(kind, DeserializationError)(f"{name}: {first}") from second
 
@@ -1095,8 +1123,9 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
     name = _name(call.function)
     if call.expired:
+        killed = "was killed" if call.wait_error is None else f"cannot be killed ({call.wait_error})"
         message = (
-            f"{name} did not end within {call.timeout} s, and was killed; allow more time, or retry if it may run twice"
+            f"{name} did not end within {call.timeout:g} s, and {killed}; allow more time, or retry if it may run twice"
         )
         return CallableTimeoutError(message, timeout=call.timeout)
     details: dict[str, Any] = {}
@@ -1127,8 +1156,8 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
     return error
 
 
-def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> list[Any]:
-    """Open the stream, and return the buffers behind it, each in memory of its own that nobody else can change.
+def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> None:
+    """Open the stream, and take the buffers behind it, each in memory of its own that nobody else can change.
 
     The largest piece of the bulk stays where it is: if a buffer, it is mapped; if the stream, it is read from there.
     All else moves to ordinary memory and is cut out of the bulk, so that no piece keeps another one's memory.
@@ -1144,12 +1173,11 @@ def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> list[Any]:
         memory[largest] = _map_alone(bulk, *pieces[largest])
     elif in_bulk and _seal(bulk):
         with contextlib.suppress(OSError):  # opened anew: a process left behind may move the descriptor's position
-            call.stream = open(f"/proc/self/fd/{bulk}", "rb", buffering=1 << 18)
-            return memory[1:]
+            call.buffers, call.stream = memory[1:], open(f"/proc/self/fd/{bulk}", "rb", buffering=1 << 18)
+            return
     if memory[largest] is None:
         memory[largest] = _read(bulk, *pieces[largest])
-    call.stream = io.BytesIO(memory[0] if in_bulk else call.region[:length])
-    return memory[1:]
+    call.buffers, call.stream = memory[1:], io.BytesIO(memory[0] if in_bulk else call.region[:length])
 
 
 def _seal(bulk: int) -> bool:
@@ -1236,18 +1264,22 @@ def _log(call: _Call) -> None:
     error = sys.exc_info()[0]
     outcome = "returned" if error is None else f"raised {error.__name__}"
     pid = call.child if call.child > 0 else None
-    seconds = time.monotonic() - call.started
+    seconds = _clock() - call.started
     message = "%s in child %s %s after %.6f s, %d bytes returned"
     _logger.debug(message, _name(call.function), pid, outcome, seconds, call.received)
 
 
 def _name(function: Callable[..., Any]) -> str:
-    name = getattr(function, "__qualname__", None)
+    name = None
+    with contextlib.suppress(Exception):  # of a __getattr__ that expects no such question
+        name = getattr(function, "__qualname__", None)
     return name if isinstance(name, str) else f"a {type(function).__qualname__} object"
 
 
 def _say(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(type(error), error)).strip()  # also where str(error) raises
+    with contextlib.suppress(Exception):  # of a SyntaxError that was made of anything
+        return "".join(traceback.format_exception_only(type(error), error)).strip()  # also where str(error) raises
+    return type(error).__qualname__
 
 
 # --------------------------------------------------------------------------------------------------- The public face
@@ -1299,6 +1331,7 @@ def isolated(function: Any = None, /, *, timeout: float | None = None, memory_li
     name and docs. The result is a plain function: it can be pickled where its name leads to it, as decorating does.
     """
     _check_limits(timeout, memory_limit)
+    timeout = None if timeout is None else float(timeout)
     if function is None:
         return lambda function: _isolate(function, timeout, memory_limit)
     return _isolate(function, timeout, memory_limit)
@@ -1351,7 +1384,7 @@ _HUGE_PAGE = 2 << 20
 _FULL = _HUGE_PAGE - _HUGE_PAGE // 21  # what must be resident of a block: filling the rest adds 5 % at most
 _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25
 _libc_madvise = _libc.madvise
-_libc_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc_madvise.argtypes = _libc_madvise_quick.argtypes
 # VmFlags of stacks, of locked and hugetlb memory, of what forks skip or empty, and of what refuses huge pages.
 _LEFT_ALONE = frozenset([b"gd", b"lo", b"ht", b"dc", b"wf", b"nh"])
 

@@ -255,6 +255,13 @@ def exception_state(error):
     return type(error), state
 
 
+def said(error):
+    try:
+        return str(error), repr(error)
+    except Exception as failed:
+        return type(failed)
+
+
 def deep_state(value):
     if isinstance(value, (tuple, list)):
         return [deep_state(item) for item in value]
@@ -895,6 +902,7 @@ EXCEPTIONS = [
     raised_by(lambda: not_a_name),  # noqa: F821
     raised_by(compile, "a b", "file.py", "exec"),
     raised_by(os.stat, "/does/not/exist"),
+    raised_by(os.close, -1),
     raised_by(int, "x"),
     subprocess.CalledProcessError(3, ["cmd"], b"out", b"err"),
     TwoArguments(1, "one"),
@@ -923,6 +931,7 @@ def test_exception_arrives_with_its_type_args_attributes_and_notes(error):
     with pytest.raises(type(error)) as caught:
         execute_in_isolated_process(raise_it, error)
     assert exception_state(caught.value) == exception_state(error)
+    assert said(caught.value) == said(error)
     text = str(caught.value.__cause__)
     assert "Traceback (most recent call last)" in text
     assert "in raise_it" in text
@@ -3381,6 +3390,278 @@ def garbage_of_the_parent(folder):
 
 def test_garbage_of_the_parent_is_never_finalised_in_the_child(tmp_path):
     in_fresh_process(garbage_of_the_parent, tmp_path)
+
+
+# --- Corners
+
+
+@root_only
+@linux_only
+def test_child_that_may_not_be_killed_is_told_and_leaves_nothing_else():
+    in_fresh_process(call_a_child_that_becomes_root_again)
+
+
+def call_a_child_that_becomes_root_again():
+    os.setresuid(65534, 65534, 0)
+    before = open_descriptors()
+    with pytest.raises(CallableTimeoutError, match="cannot be killed") as caught:
+        isolated(timeout=0.3)(lambda: (os.setresuid(0, 0, 0), time.sleep(2)))()
+    assert caught.value.timeout == 0.3
+    assert open_descriptors() == before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+@root_only
+@linux_only
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
+def test_result_never_goes_to_a_stranger_with_the_parents_pid(tmp_path):
+    """In a pid namespace under another one's /proc, the parent's pid may be that of somebody else there."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    hold = "import os, sys, time; f = os.open(sys.argv[1], os.O_RDWR); [os.dup2(f, n) for n in range(4, 12)]; time.sleep(60)"
+    stranger = subprocess.Popen([sys.executable, "-c", hold, str(precious)])
+    try:
+        wait_until(lambda: os.path.exists(f"/proc/{stranger.pid}/fd/11"))
+        code = (
+            "import os; from mem_isolate import execute_in_isolated_process as call; assert os.getpid() == int(os.sys.argv[1]);"
+            "print(len(call(bytes, 300_000)))"
+        )
+        shell = f"echo {stranger.pid - 1} > /proc/sys/kernel/ns_last_pid; '{sys.executable}' -c '{code}' {stranger.pid}; true"
+        process = subprocess.run(
+            ["unshare", "-pf", "sh", "-c", shell],
+            cwd=HERE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+        )
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert precious.read_text() == "mine"
+    if b"AssertionError" in process.stdout:
+        pytest.skip("the pid was not to be had")
+    assert process.stdout == b"300000\n"
+
+
+@linux_only
+def test_parent_in_another_pid_namespace_is_a_parent_all_the_same():
+    if os.geteuid() == 0:
+        in_fresh_process(call_into_a_new_pid_namespace)
+
+
+def call_into_a_new_pid_namespace():
+    assert ctypes.CDLL(None).unshare(0x20000000) == 0
+    assert execute_in_isolated_process(int, "5") == 5
+
+
+def print_past_a_replaced_stdout():
+    sys.stdout.write("parent;")
+    with contextlib.redirect_stdout(io.StringIO()):
+        execute_in_isolated_process(lambda: sys.__stdout__.write("child;"))
+    sys.stdout.write("parent again;")
+
+
+class Tee:
+    """Writes to the original stdout, and flushes nothing."""
+
+    def write(self, text):
+        return sys.__stdout__.write(text)
+
+    def flush(self):
+        pass
+
+
+def print_through_a_tee():
+    sys.stdout.write("parent;")
+    sys.stdout = Tee()
+    execute_in_isolated_process(lambda: sys.stdout.write("child;"))
+    sys.stdout.write("parent again;")
+
+
+def call_without_stdout():
+    del sys.stdout
+    assert execute_in_isolated_process(int, "5") == 5
+    os.write(1, b"parent;child;parent again;")
+
+
+@pytest.mark.parametrize("function", [print_past_a_replaced_stdout, print_through_a_tee, call_without_stdout])
+def test_nothing_printed_past_a_replaced_stdout_is_lost_or_doubled(function):
+    assert in_fresh_process(function, env={"PYTHONUNBUFFERED": ""}) == "parent;child;parent again;"
+
+
+def calls_beside_threads_that_print_through_a_tee(repeat):
+    sys.setswitchinterval(EAGER)
+    Tee.flush = lambda self: sys.__stdout__.flush()
+    sys.stdout = Tee()
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    with background_threads(*[lambda: print("a line", flush=True)] * 2):
+        for _ in range(int(repeat)):
+            assert execute_in_isolated_process(lambda: print("child", flush=True)) is None
+
+
+@repetitions(15, 300)
+def test_child_prints_through_a_tee_beside_threads_that_do(repeat):
+    in_fresh_process(calls_beside_threads_that_print_through_a_tee, repeat, timeout=hang_limit(repeat))
+
+
+@pytest.mark.parametrize("module", ["missing", "half imported"])
+def test_call_beside_an_import_of_asyncio(monkeypatch, module):
+    """The module is in sys.modules before anything is in it, or is taken out of there in the child."""
+    monkeypatch.setitem(sys.modules, "asyncio", types.ModuleType("asyncio"))
+    if module == "missing":
+        monkeypatch.setattr(mem_isolate._Call, "child_setup", lambda self: [mem_isolate._leave_event_loop])
+        monkeypatch.delitem(sys.modules, "asyncio")
+    assert execute_in_isolated_process(int, "5") == 5
+
+
+@linux_only
+def test_later_child_cannot_scribble_on_a_call_in_flight():
+    in_fresh_process(scribble_while_another_call_is_in_flight)
+
+
+def scribble_while_another_call_is_in_flight():
+    delivered, go = os.pipe(), os.pipe()
+
+    class Slow:
+        """A stdout that is flushed, after the result has been delivered, until the test says so."""
+
+        def flush(self):
+            os.write(delivered[1], b"x")
+            os.read(go[0], 1)
+
+    def return_and_linger():
+        sys.stdout = Slow()
+        return b"A" * 1500
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        result = pool.submit(execute_in_isolated_process, return_and_linger)
+        os.read(delivered[0], 1)
+        execute_in_isolated_process(scribble_over_all_that_is_shared, "100")
+        os.write(go[1], b"x")
+        assert result.result(30) == b"A" * 1500
+
+
+def call_whose_wait_a_handler_confuses():
+    mem_isolate._pidfd_open = None
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: execute_in_isolated_process(int))
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    assert execute_in_isolated_process(return_later, 0.5) == b"later"
+
+
+def test_handler_that_makes_a_call_does_not_disturb_the_wait_for_another():
+    in_fresh_process(call_whose_wait_a_handler_confuses)
+
+
+def crash_while_traced():
+    ctypes.CDLL(None).ptrace(0, 0, 0, 0)  # PTRACE_TRACEME
+    ctypes.string_at(0)
+
+
+@linux_only
+def test_child_that_asked_to_be_traced_does_not_stay_behind():
+    with pytest.raises(KilledBySignalError):
+        execute_in_isolated_process(crash_while_traced)
+
+
+class Bunch(dict):
+    """Answers every question with an error of its own."""
+
+    __getattr__ = dict.__getitem__
+
+    def __call__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_callable_that_cannot_say_its_name_fails_as_any_other():
+    with pytest.raises(KilledBySignalError, match="a Bunch object"):
+        execute_in_isolated_process(Bunch())
+
+
+class OddSyntaxError:
+    def __reduce__(self):
+        return raise_it, (SyntaxError("m", ("f", 1, "y", "text")),)
+
+
+def test_rebuilding_may_raise_anything():
+    with pytest.raises(DeserializationError, match="SyntaxError"):
+        execute_in_isolated_process(OddSyntaxError)
+
+
+def flush_interrupted_by_a_handler_that_puts_the_old_one_back():
+    class Interrupted:
+        def write(self, text):
+            pass
+
+        def flush(self):
+            if signal.getsignal(signal.SIGALRM) is once:
+                kill_self(signal.SIGALRM)
+
+    def once(number, _):
+        signal.signal(number, signal.SIG_DFL)
+        raise RobustInterrupt
+
+    signal.signal(signal.SIGALRM, once)
+    sys.stdout = Interrupted()
+    with pytest.raises(RobustInterrupt):
+        execute_in_isolated_process(int)
+
+
+def test_handler_that_raises_once_is_heard_in_the_middle_of_a_flush():
+    in_fresh_process(flush_interrupted_by_a_handler_that_puts_the_old_one_back)
+
+
+def test_limit_holds_where_the_clock_of_the_time_module_is_replaced(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    with pytest.raises(CallableTimeoutError):
+        isolated(timeout=0.2)(time.sleep)(30)
+
+
+def test_limit_of_half_a_second_in_half_precision():
+    numpy = pytest.importorskip("numpy")
+    assert isolated(timeout=numpy.float16(30))(int)() == 0
+
+
+def change_the_mask_in_a_handler():
+    signal.signal(signal.SIGALRM, lambda *_: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]))
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    assert execute_in_isolated_process(return_later, 0.4) == b"later"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == {signal.SIGUSR1}
+
+
+def test_mask_that_a_handler_set_during_the_call_stays():
+    in_fresh_process(change_the_mask_in_a_handler)
+
+
+def read_what_a_traceback_keeps():
+    mem_isolate._libc_fork = lambda: -1
+    with pytest.raises(mem_isolate.ForkError) as caught:
+        execute_in_isolated_process(int)
+    values = [value for frame, _ in traceback.walk_tb(caught.value.__traceback__) for value in frame.f_locals.values()]
+    views = [item for value in values if isinstance(value, tuple) for item in value if isinstance(item, memoryview)]
+    assert views, "the frame does not hold what this test is about"
+    for view in views:
+        with pytest.raises(ValueError, match="released"):
+            view.tolist()
+
+
+def test_what_a_traceback_keeps_of_a_call_is_no_memory():
+    in_fresh_process(read_what_a_traceback_keeps)
+
+
+def raise_with_a_buffer():
+    raise changed(ValueError("large"), payload=holder_of(64 * MIB))
+
+
+@linux_only
+def test_exception_that_is_kept_keeps_no_memory_that_was_taken_from_it():
+    before = kibibytes("/proc/self/smaps", "Rss")
+    with pytest.raises(ValueError) as caught:
+        execute_in_isolated_process(raise_with_a_buffer)
+    assert set(caught.value.payload.buffer)
+    del caught.value.payload
+    assert kibibytes("/proc/self/smaps", "Rss") - before < 32 << 10
 
 
 # --- The price
