@@ -196,6 +196,7 @@ _libc_sigmask = _libc_quick.pthread_sigmask
 _libc_prctl = getattr(_libc_quick, "prctl", None)  # Linux has it
 _libc_fallocate = getattr(_libc, "fallocate", None)  # Linux has it
 _libc_fpending = getattr(_libc_quick, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
+_libc_fpurge = getattr(_libc_quick, "__fpurge", None) or getattr(_libc_quick, "fpurge", None)  # the latter on the BSDs
 _libc_mmap = _libc_holding_gil.mmap
 _libc_mmap.restype = ctypes.c_void_p
 _libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -208,7 +209,7 @@ _memoryview = pythonapi.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object
 _memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _PYBUF_WRITE = 0x200
-_SHARED_MEMORY = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0  # what mmap is to do
+_MMAP_SHARED = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0  # and descriptor, offset
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _C_STREAMS = []
@@ -367,25 +368,25 @@ class _OtherThreads:
         self.turn.extend(filter(_acquire_turn, [_turns]))  # or calls from several threads would compete for the rest
         handlers = [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
         locks = [logging._lock, *(getattr(handler, "lock", None) for handler in handlers)]  # type: ignore[attr-defined]
-        locks = [lock for lock in locks if isinstance(lock, _LOCK_TYPES)]
+        locks = list({id(lock): lock for lock in locks if isinstance(lock, _LOCK_TYPES)}.values())  # some share one
         for _ in range(4):
             _drain(self.logging_locks, _release)
             self.logging_locks.extend(filter(_acquire_soon, locks))
             if len(self.logging_locks) == len(locks):
                 break
 
-    def fork(self, call: _Call) -> None:
+    def fork(self, forks: Iterator[int], pids: list[int]) -> None:
         """Fork, and in the child run CPython's own repair of the interpreter, all in one step of C.
 
         The child may not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
         thread that does not exist there, and would wait for it for ever. So iterators of C do it, of which
         ``children`` yields in the child only. The repair would run the hooks too, so it is given an empty list.
         """
-        _keep(self.import_lock, _imp.acquire_lock)  # the repair expects it held, and releases it
-        set_child = functools.partial(setattr, call, "child")  # returns None, so that filterfalse hands the pid on
-        forks = itertools.filterfalse(set_child, itertools.starmap(_libc_fork, ((),)))
+        _keep(self.import_lock, _imp.acquire_lock)  # the repair makes it anew; from 3.13 on it releases it
+        forks = itertools.filterfalse(pids.append, forks)  # append returns None, so that each pid is handed on
         children = itertools.filterfalse(None, forks)
         emptied = map(_child_hooks.__delitem__, itertools.repeat(slice(None)))
+        # zip empties the list once there is a child, and hands the repair two arguments, of which it takes no notice.
         any(itertools.starmap(pythonapi.PyOS_AfterFork_Child, zip(children, emptied)))
 
     def release_locks(self) -> None:
@@ -437,9 +438,10 @@ _PROGRESS, _KIND, _BUFFERS, _LENGTH, _IN_BULK = range(5)
 _SHARED_SIZE = 64 * 1024  # only the pages that are used cost anything
 _REGION_SIZE = _SHARED_SIZE - _HEADER_SIZE
 _PAGE = mmap.PAGESIZE
-_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth mapping or reading on its own
+_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth reading on its own
+_MAPPED = 256 * 1024  # and mapping, of which a process may have 65,530
 
-# How far the child came. Not small numbers, so that a stray write is not taken for one of them.
+# How far the child came. Not small numbers, so that hardly a stray write is taken for one of them.
 _NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartrunning!returneddelivers")
 # What the child delivers.
 _RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
@@ -458,7 +460,6 @@ class _Call:
     region: Any = None  # the bytes behind them
     sink: Any
     dump: Any
-    child = -1  # its pid; in the child 0
     threads: _OtherThreads | None = None
     unblocked = gone = expired = ended = False
     wait_error: OSError | None = None
@@ -483,7 +484,8 @@ class _Call:
         self.mask = _SignalSet()
         _libc_sigmask(_SIG_BLOCK, None, self.mask)
         self.status = ctypes.c_int(-1)  # of waitpid
-        # Lists of at most one, for _keep and _drain:
+        # Lists of at most one, each filled and emptied in one step of C, as _keep and _drain do it:
+        self.child: list[int] = []  # its pid; in the child 0, where fork failed -1
         self.mapping: list[int] = []  # the address of header and region
         self.bulk: list[int] = []  # the descriptor
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
@@ -497,7 +499,7 @@ class _Call:
             raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
         try:
-            _keep(self.mapping, _libc_mmap, None, _SHARED_SIZE, *_SHARED_MEMORY)
+            _keep(self.mapping, _libc_mmap, None, _SHARED_SIZE, *_MMAP_SHARED)
             if self.mapping[0] == _MAP_FAILED:
                 self.mapping.clear()
                 raise OSError(ctypes.get_errno(), "no memory for the result")
@@ -507,6 +509,8 @@ class _Call:
             _make_bulk(self.bulk)
             self.prepare()
         except (OSError, MemoryError) as error:
+            if _came_from_a_signal_handler(error):
+                raise
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
         if _other_threads():  # as late as can be, since threads of C may come at any moment
             if _FREE_THREADED:
@@ -516,22 +520,24 @@ class _Call:
         # Looked up here, since it would cost the child more.
         become_the_child = _become_the_child
         child = self, self.header, self.mask, self.child_setup(), run or self.function, args, kwargs
+        # One step of C forks and keeps the pid: a handler that raises in between would lose the child, or let it out.
+        forks = itertools.starmap(_libc_fork, ((),))
         if self.threads is None:
-            self.child = _libc_fork()
+            self.child.extend(forks)
         else:
-            self.threads.fork(self)
-        if self.child == 0:
+            self.threads.fork(forks, self.child)
+        if self.child[0] == 0:
             become_the_child(*child)
         if _MADV_DONTFORK and (self.threads is not None or run is not None):
             # A later child, forked while this one runs, does not get this region to scribble on.
             _libc_madvise_quick(self.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
         if self.threads is not None:
             self.threads.release_locks()
-        if self.child < 0:
+        if self.child[0] < 0:
             code = ctypes.get_errno()
             cause = OSError(code, os.strerror(code))
             raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
-        _watch_end(self.child, self.watch)
+        _watch_end(self.child[0], self.watch)
         _libc_sigmask(_SIG_SETMASK, self.mask, None)
         self.unblocked = True
 
@@ -628,9 +634,9 @@ class _Call:
         at_once = options == os.WNOHANG
         while not self.gone:
             waitpid = _libc_waitpid_nohang if at_once else _libc_waitpid
-            pid = waitpid(self.child, ctypes.byref(self.status), os.WNOHANG if at_once else 0)
+            pid = waitpid(self.child[0], ctypes.byref(self.status), os.WNOHANG if at_once else 0)
             if pid > 0 and os.WIFSTOPPED(self.status.value):  # it asked to be traced, and would wait for ever
-                os.kill(self.child, signal.SIGKILL)
+                os.kill(self.child[0], signal.SIGKILL)
             elif pid > 0:
                 self.gone = True
             elif pid == 0 and options == os.WNOHANG:
@@ -651,7 +657,7 @@ class _Call:
                 if self.watch and _pidfd_send_signal:
                     _pidfd_send_signal(self.watch[0], signal.SIGKILL)
                 else:
-                    os.kill(self.child, signal.SIGKILL)
+                    os.kill(self.child[0], signal.SIGKILL)
             except ProcessLookupError:
                 pass
             except PermissionError as error:  # it has become another user's: nothing that we can do will end it
@@ -662,14 +668,14 @@ class _Call:
 
     def end(self) -> None:
         """Give back all that is still held; a second call goes on with what a signal handler's exception cut short."""
-        if self.child == 0:
+        if self.child == [0]:
             _libc_exit(1)  # the child never returns into the caller's code
         # A handler, or another task, may have changed the mask since start: that is to stay.
         save, self.unblocked = self.mask if self.unblocked else None, False
         _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, save)
         if self.threads is not None:
             self.threads.release_locks()
-        if not self.gone and self.child > 0:
+        if not self.gone and self.child and self.child[0] > 0:
             self.kill()
         for view in (self.header, self.region):
             if view is not None:
@@ -714,8 +720,9 @@ def _watch_end(pid: int, descriptors: list[int]) -> None:
                 flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
                 queue.control([select.kevent(pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT)], 0)
                 _keep(descriptors, os.dup, queue.fileno())
-    except OSError:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
-        pass
+    except OSError as error:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
+        if _came_from_a_signal_handler(error):
+            raise
 
 
 def _wake(ended: asyncio.Future[None]) -> None:
@@ -730,7 +737,7 @@ def _need_frames(count: int) -> None:
 
 
 def _finish(call: _Call) -> None:
-    """End a call for certain: each exception of a signal handler that cuts it short is raised after another try."""
+    """End a call, whatever signal handlers do: an exception of theirs that cuts this short is raised after another try."""
     try:
         call.end()
     except BaseException:
@@ -752,7 +759,7 @@ def _be_the_child(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> NoReturn:
-    """Run the callable and deliver its outcome. Signals are blocked but while the callable runs."""
+    """Run the callable and deliver its outcome. Signals are blocked except while the callable runs."""
     pid = _getpid()
     try:
         try:
@@ -867,20 +874,16 @@ def _renew_streams() -> None:
     handlers = [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
     for stream in (*_streams(), *(getattr(handler, "stream", None) for handler in handlers)):
         with contextlib.suppress(OSError, ValueError):  # closed or detached
-            if type(stream) is io.TextIOWrapper and type(stream.buffer) is io.BufferedWriter:
-                buffer: Any = stream.buffer
+            buffer = getattr(stream, "buffer", None)
+            if isinstance(stream, io.TextIOWrapper) and isinstance(buffer, (io.BufferedWriter, io.BufferedRandom)):
                 raw = buffer.raw
-                buffer.__init__(_Discard())  # with a new lock
-                stream.flush()
-                buffer.__init__(raw)
-
-
-class _Discard(io.RawIOBase):
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return len(data)
+                renew: Any = type(buffer).__init__  # with an empty buffer and a new lock
+                renew(buffer, io.BytesIO())  # for what waits in the stream itself
+                io.TextIOWrapper.flush(stream)
+                renew(buffer, raw)
+    if _libc_fpurge is not None:
+        for pointer in _C_STREAMS:
+            _libc_fpurge(pointer)
 
 
 class _Sink:
@@ -1169,12 +1172,15 @@ def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> None:
     pieces = list(zip([0, *_offsets(lengths[0], lengths[1:])], lengths))
     largest = lengths.index(max(lengths))
     memory: list[Any] = [_read(bulk, *piece) if i != largest else None for i, piece in enumerate(pieces)]
-    if largest > 0:
+    if largest > 0 and lengths[largest] >= _MAPPED:
         memory[largest] = _map_alone(bulk, *pieces[largest])
     elif in_bulk and _seal(bulk):
-        with contextlib.suppress(OSError):  # opened anew: a process left behind may move the descriptor's position
+        try:  # opened anew: a process left behind may move the descriptor's position
             call.buffers, call.stream = memory[1:], open(f"/proc/self/fd/{bulk}", "rb", buffering=1 << 18)
             return
+        except OSError as error:  # there is no /proc
+            if _came_from_a_signal_handler(error):
+                raise
     if memory[largest] is None:
         memory[largest] = _read(bulk, *pieces[largest])
     call.buffers, call.stream = memory[1:], io.BytesIO(memory[0] if in_bulk else call.region[:length])
@@ -1185,11 +1191,8 @@ def _seal(bulk: int) -> bool:
 
     A process that the callable left behind may hold its descriptor, and could change a result while it is in use here.
     """
-    try:
-        fcntl.fcntl(bulk, _F_ADD_SEALS, _F_SEAL_EVERYTHING)
-    except OSError:
-        return False
-    return True
+    sealed: bool = _libc_quick.fcntl(bulk, _F_ADD_SEALS, _F_SEAL_EVERYTHING) == 0
+    return sealed
 
 
 def _read(bulk: int, offset: int, length: int) -> memoryview:
@@ -1227,7 +1230,7 @@ def _map_alone(bulk: int, offset: int, length: int) -> memoryview | None:
     return memoryview(memory)
 
 
-# The clean-up is written out in both: on the way into a function of its own a signal handler could raise, and skip it.
+# The two tries are written out in both: a signal handler may raise on the way into _finish, for which is the second.
 
 
 def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -1263,7 +1266,7 @@ async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _log(call: _Call) -> None:
     error = sys.exc_info()[0]
     outcome = "returned" if error is None else f"raised {error.__name__}"
-    pid = call.child if call.child > 0 else None
+    pid = call.child[0] if call.child and call.child[0] > 0 else None
     seconds = _clock() - call.started
     message = "%s in child %s %s after %.6f s, %d bytes returned"
     _logger.debug(message, _name(call.function), pid, outcome, seconds, call.received)
@@ -1322,13 +1325,13 @@ def isolated(
 def isolated(function: Any = None, /, *, timeout: float | None = None, memory_limit: int | None = None) -> Any:
     """Make a function run isolated at every call: ``@isolated``, or ``@isolated(timeout=10, memory_limit=2**30)``.
 
-    ``timeout``: seconds of wall clock for the whole call, a positive real number; when they are over the child is
-    killed and `CallableTimeoutError` raised. ``memory_limit``: bytes of private memory that the callable may add to
+    ``timeout``: seconds of wall clock for the whole call but the rebuilding of its result, a positive real number; when
+    they are over the child is killed and `CallableTimeoutError` raised. ``memory_limit``: bytes of private memory that the callable may add to
     what the process has at the call, a positive int (Linux; elsewhere `NotImplementedError`); Python code that wants
     more gets `MemoryError`. A bad value is a `TypeError` or `ValueError` here, not at the call.
 
     Functions, ``async def`` functions, methods, static and class methods and other callables keep their signature,
-    name and docs. The result is a plain function: it can be pickled where its name leads to it, as decorating does.
+    name and docs. The result is a plain function: it pickles by its name, which leads to it where it was decorated.
     """
     _check_limits(timeout, memory_limit)
     timeout = None if timeout is None else float(timeout)
@@ -1361,7 +1364,7 @@ def _isolate(function: Any, timeout: float | None, memory_limit: int | None) -> 
 
 def _check_limits(timeout: Any, memory_limit: Any) -> None:
     if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float, numbers.Real)):
+        if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
             raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
         try:
             seconds = float(timeout)

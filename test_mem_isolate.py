@@ -2442,8 +2442,8 @@ def test_calls_from_two_threads_wait_at_the_same_time():
 # --- Signals
 
 
-class RobustInterrupt(Exception):
-    """What a signal handler of these tests raises."""
+class RobustInterrupt(TimeoutError):
+    """What a signal handler of these tests raises: an OSError, which the module itself expects in some places."""
 
 
 def calls_under_a_storm_of_alarms(repeat):
@@ -2558,6 +2558,31 @@ def test_handler_that_raises_at_any_moment_leaves_nothing_behind(threads, repeat
     Other threads take the signals that this one blocks, and the handlers run in this one all the same.
     """
     in_fresh_process(calls_interrupted_at_random, threads, repeat, timeout=hang_limit(repeat))
+
+
+def start_a_thread_of_c():
+    """A thread that the interpreter does not know, and that takes the signals which the only one it knows blocks."""
+    libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(lock)
+    assert libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pthread_mutex_lock, lock) == 0
+    return lock
+
+
+def calls_interrupted_beside_a_thread_of_c(repeat):
+    lock, ballast = start_a_thread_of_c(), bytearray(100 << 20)
+    ballast[:: mmap.PAGESIZE] = b"\1" * len(ballast[:: mmap.PAGESIZE])
+    parent = os.getpid()
+    interrupt_calls_at_random(int(repeat))
+    assert os.getpid() == parent and len(ballast) == 100 << 20 and lock
+    os.write(1, b"one passage\n")
+
+
+@linux_only
+@repetitions(40, 500)
+def test_no_child_is_lost_where_a_thread_of_c_takes_the_signals(repeat):
+    """Then a handler can run between any two bytecodes, also between the fork and what is done with the pid."""
+    output = in_fresh_process(calls_interrupted_beside_a_thread_of_c, repeat, timeout=hang_limit(repeat))
+    assert output == "one passage\n"
 
 
 def calls_interrupted_everywhere():
@@ -3503,6 +3528,56 @@ def calls_beside_threads_that_print_through_a_tee(repeat):
 @repetitions(15, 300)
 def test_child_prints_through_a_tee_beside_threads_that_do(repeat):
     in_fresh_process(calls_beside_threads_that_print_through_a_tee, repeat, timeout=hang_limit(repeat))
+
+
+def calls_beside_a_thread_that_prints_from_c(repeat):
+    libc, printed, handler = ctypes.CDLL(None), 0, logging.StreamHandler()
+
+    def print_a_line():
+        nonlocal printed
+        libc.puts(b"line %d" % printed)
+        printed += 1
+
+    def hold_the_handler():
+        with handler.lock:
+            time.sleep(0.01)
+
+    with background_threads(print_a_line, hold_the_handler):
+        for _ in range(int(repeat)):
+            assert execute_in_isolated_process(int) == 0
+    libc.fflush(None)
+
+
+def test_line_that_c_prints_in_another_thread_is_printed_once():
+    lines = in_fresh_process(calls_beside_a_thread_that_prints_from_c, 30).splitlines()
+    assert lines == [f"line {number}" for number in range(len(lines))] and lines
+
+
+@pytest.mark.parametrize("kind", ["TextIOWrapper", "BufferedRandom", "subclass"])
+def test_child_prints_beside_threads_that_do(kind):
+    in_fresh_process(calls_that_print_to, kind, 15)
+
+
+def calls_that_print_to(kind, repeat):
+    class Subclass(io.TextIOWrapper):
+        pass
+
+    sys.setswitchinterval(EAGER)
+    if kind == "BufferedRandom":
+        sys.stdout = io.TextIOWrapper(open(os.devnull, "w+b"))
+    else:
+        sys.stdout = (Subclass if kind == "subclass" else io.TextIOWrapper)(open(os.devnull, "wb"))
+    with background_threads(*[lambda: print("a line", flush=True)] * 2):
+        for _ in range(int(repeat)):
+            assert execute_in_isolated_process(lambda: print("child", flush=True)) is None
+
+
+def test_kept_results_use_few_mappings():
+    """A process may have 65,530."""
+    before = len(read_maps())
+    results = [execute_in_isolated_process(holder_of, 100_000) for _ in range(30)]
+    assert len(read_maps()) - before < 10
+    assert all(len(result.buffer) == 100_000 for result in results)
 
 
 @pytest.mark.parametrize("module", ["missing", "half imported"])
