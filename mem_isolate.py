@@ -1273,16 +1273,22 @@ def _log(call: _Call) -> None:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    name = None
-    with contextlib.suppress(Exception):  # of a __getattr__ that expects no such question
+    try:
         name = getattr(function, "__qualname__", None)
+    except Exception as error:  # of a __getattr__ that expects no such question
+        if _came_from_a_signal_handler(error):
+            raise
+        name = None
     return name if isinstance(name, str) else f"a {type(function).__qualname__} object"
 
 
 def _say(error: BaseException) -> str:
-    with contextlib.suppress(Exception):  # of a SyntaxError that was made of anything
+    try:
         return "".join(traceback.format_exception_only(type(error), error)).strip()  # also where str(error) raises
-    return type(error).__qualname__
+    except Exception as another:  # of a SyntaxError that was made of anything
+        if _came_from_a_signal_handler(another):
+            raise
+        return type(error).__qualname__
 
 
 # --------------------------------------------------------------------------------------------------- The public face
