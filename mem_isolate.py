@@ -261,11 +261,13 @@ def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> N
 
 
 def _came_from_a_signal_handler(error: BaseException) -> bool:
-    """Whether a handler raised it: that is a function which was given the very frame that called it."""
+    """Whether a handler raised it: that is a function whose argument is the very frame that called it."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        for value in list(frame.f_locals.values()):
-            if any(item is frame.f_back for item in (value if type(value) is tuple else (value,))):
-                return frame.f_back is not None
+        code, caller = frame.f_code, frame.f_back
+        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + 1]:  # and that of *args
+            value = frame.f_locals.get(name)
+            if caller and any(item is caller for item in (value if type(value) is tuple else (value,))):
+                return True
     return False
 
 
