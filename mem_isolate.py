@@ -762,6 +762,9 @@ def _be_the_child(
     kwargs: dict[str, Any],
 ) -> NoReturn:
     """Run the callable and deliver its outcome. Signals are blocked except while the callable runs."""
+    # First of all, since any allocation may set off a collection: never finalise the parent's garbage a second time,
+    # and leave the pages of its heap shared.
+    _freeze()
     pid = _getpid()
     try:
         try:
@@ -770,7 +773,6 @@ def _be_the_child(
                 if _getppid() not in (call.parent, 0):  # it died before that; 0 stands for one in another namespace
                     _libc_exit(1)
             _set_wakeup_fd(-1)  # the parent's event loop listens there
-            _freeze()  # never collect, or finalise, the parent's garbage; and leave the pages of its heap shared
             if setup:
                 for step in setup:
                     step()
