@@ -1178,7 +1178,7 @@ def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> None:
     memory: list[Any] = [_read(bulk, *piece) if i != largest else None for i, piece in enumerate(pieces)]
     if largest > 0 and lengths[largest] >= _MAPPED:
         memory[largest] = _map_alone(bulk, *pieces[largest])
-    elif in_bulk and _seal(bulk):
+    elif in_bulk and largest == 0 and _seal(bulk):
         try:  # opened anew: a process left behind may move the descriptor's position
             call.buffers, call.stream = memory[1:], open(f"/proc/self/fd/{bulk}", "rb", buffering=1 << 18)
             return

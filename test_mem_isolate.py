@@ -5224,6 +5224,15 @@ class DoesNotUnpickle:
         return int, ("no number" * MIB,)
 
 
+@pytest.mark.parametrize("in_stream", [0, 70_000, 150_000, 500_000])
+@pytest.mark.parametrize("sizes", [[70_000], [100_000, 80_000], [200_000, 300_000], [262_143], [262_144]])
+def test_stream_and_buffers_come_back_whichever_is_the_largest(in_stream, sizes):
+    """Each of them may stay in the bulk, be mapped there, or be read from there."""
+    text, holders = execute_in_isolated_process(lambda: ("x" * in_stream, [holder_of(size) for size in sizes]))
+    assert text == "x" * in_stream
+    assert [bytes(holder.buffer) for holder in holders] == [patterned(size) for size in sizes]
+
+
 @pytest.mark.parametrize("function, error", [(fail_at_length, ValueError), (DoesNotUnpickle, DeserializationError)])
 def test_exception_that_is_kept_keeps_no_descriptor(function, error):
     before = open_descriptors()
