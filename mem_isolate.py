@@ -325,6 +325,11 @@ def _other_threads() -> bool:
     return _newest_interpreter() != _MAIN_INTERPRETER or any(map(_next_thread, newest))
 
 
+def _handlers() -> list[Any]:
+    """Return the handlers of logging, with None for one that has just gone."""
+    return [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
+
+
 def _find_child_hooks() -> list[Any]:
     """Find the interpreter's own list of hooks from ``os.register_at_fork(after_in_child=...)``.
 
@@ -368,8 +373,7 @@ class _OtherThreads:
         again when one is not to be had soon, and in the end it goes without (as bpo-36533 taught CPython itself).
         """
         self.turn.extend(filter(_acquire_turn, [_turns]))  # or calls from several threads would compete for the rest
-        handlers = [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
-        locks = [logging._lock, *(getattr(handler, "lock", None) for handler in handlers)]  # type: ignore[attr-defined]
+        locks = [logging._lock, *(getattr(handler, "lock", None) for handler in _handlers())]  # type: ignore[attr-defined]
         locks = list({id(lock): lock for lock in locks if isinstance(lock, _LOCK_TYPES)}.values())  # some share one
         for _ in range(4):
             _drain(self.logging_locks, _release)
@@ -415,8 +419,7 @@ class _OtherThreads:
         held = set(map(id, self.logging_locks))
         if id(logging._lock) not in held:  # type: ignore[attr-defined]
             logging._lock = threading.RLock()  # type: ignore[attr-defined]
-        for reference in list(logging._handlerList):  # type: ignore[attr-defined]
-            handler = reference()
+        for handler in _handlers():
             if isinstance(getattr(handler, "lock", None), _LOCK_TYPES) and id(handler.lock) not in held:
                 handler.createLock()
         global _turns
@@ -641,11 +644,12 @@ class _Call:
                 os.kill(self.child[0], signal.SIGKILL)
             elif pid > 0:
                 self.gone = True
-            elif pid == 0 and options == os.WNOHANG:
-                return False
-            elif pid == 0 or not at_once:
-                # EINTR, or a code that a signal handler has replaced by one of its own: ask again without waiting.
-                at_once = not at_once
+            elif not at_once:
+                at_once = True  # EINTR, or a code that a signal handler has replaced by one of its own: a look tells
+            elif pid == 0:
+                if options == os.WNOHANG:
+                    return False
+                at_once = False  # it is still running: wait again
             elif ctypes.get_errno() != errno.EINTR:
                 # ECHILD: somebody else reaped it, or SIGCHLD is ignored.
                 self.wait_error = OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -801,7 +805,7 @@ def _be_the_child(
             sys.setprofile(None)
         if _getrecursionlimit() < recursion_limit:
             sys.setrecursionlimit(recursion_limit)
-        if setup and call.memory_limit is not None:
+        if setup and call.memory_limit is not None:  # without a setup there is none, and nothing to look up
             call.lift_memory_limit()
         _deliver_outcome(call, value, failure)
         if _streams() != streams:
@@ -875,8 +879,7 @@ def _renew_streams() -> None:
 
     What the parent could not write yet is the parent's to write; and another thread may have been printing.
     """
-    handlers = [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
-    for stream in (*_streams(), *(getattr(handler, "stream", None) for handler in handlers)):
+    for stream in (*_streams(), *(getattr(handler, "stream", None) for handler in _handlers())):
         with contextlib.suppress(OSError, ValueError):  # closed or detached
             buffer = getattr(stream, "buffer", None)
             if isinstance(stream, io.TextIOWrapper) and isinstance(buffer, (io.BufferedWriter, io.BufferedRandom)):
