@@ -9,17 +9,28 @@ The function and its arguments are never pickled, since the child is a copy of t
 raises is, and comes back through shared memory. One file, standard library only, CPython 3.8 or newer on POSIX:
 copy it into your project. ``python3 mem_isolate.py`` shows on your own machine what it does.
 
-The file reads from top to bottom: errors, libc, the call and what it holds, the child, the parent, the public face.
+The file reads from top to bottom: errors, libc, shared memory, exceptions on their way, what a child renews, the
+child, the process as its parent sees it, the call, the public face; then huge pages and the tour.
 """
+
+# SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: 2026 The mem_isolate authors
+# Documentation, tests, benchmark and newer versions: the README of the repository mem-isolate-python.
+#
+# 1.1.0 (2026-11-25)  Crashes and timeouts say where; errors say what the call cost; generator functions; large results
+#                     are rebuilt while they are made; nothing that other threads own is finalised in a child.
+# 1.0.0 (2026-11-23)  The first version.
 
 from __future__ import annotations
 
 import collections.abc
 import contextlib
+import contextvars
 import copyreg
 import errno
 import functools
 import gc
+import hashlib
 import io
 import itertools
 import logging
@@ -29,14 +40,17 @@ import numbers
 import operator
 import os
 import pickle
+import re
 import select
 import signal
+import stat
 import struct
 import sys
 import threading
 import time
 import traceback
 import types
+from signal import Signals
 
 TYPE_CHECKING = False  # importing typing would take longer than all the rest
 
@@ -50,12 +64,15 @@ try:
     from ctypes import PyDLL, pythonapi
 except ImportError as error:
     raise ImportError(
-        f"mem_isolate needs CPython on POSIX: it calls fork through ctypes.PyDLL, and here {error}"
+        f"mem_isolate needs CPython on POSIX, its main interpreter first: it calls fork through ctypes.PyDLL, and {error}"
     ) from error
+try:
+    import faulthandler
+except ImportError:  # some builds leave it out: then errors come without the child's stack
+    faulthandler = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    import asyncio
-    from typing import Any, Callable, Coroutine, Iterable, Iterator, NoReturn, TypeVar, overload
+    from typing import Any, AsyncIterator, Callable, Coroutine, Iterable, Iterator, NoReturn, TypeVar, overload
 
     from typing_extensions import ParamSpec
 
@@ -67,7 +84,7 @@ else:
         return function
 
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 __all__ = [
     "execute_in_isolated_process",
     "execute_in_isolated_process_async",
@@ -99,15 +116,22 @@ _logger = logging.getLogger("mem_isolate")
 class MemIsolateError(Exception):
     """The isolated call failed; ``__cause__`` is the exception underneath, where there is one.
 
-    What the callable itself raises is not wrapped in this: it is raised as it is.
+    After a crash or a timeout that is the child's Python stack. What the callable itself raises is not wrapped in
+    this: it is raised as it is.
     """
 
     #: The signal that ended the child (an ``int`` for a real-time signal), or None.
-    signal: Any = None
+    signal: Signals | int | None = None
     #: The status that the child ended with, or None.
-    exit_status: Any = None
+    exit_status: int | None = None
+    #: The child's process id; None before there was one.
+    pid: int | None = None
+    #: The most memory that the child had resident, in bytes, what it inherited included; None where unknown.
+    peak_memory: int | None = None
+    #: What the child used of the processors, in seconds, user and system; None where unknown.
+    cpu_time: float | None = None
 
-    def __init__(self, message: str, **details: Any) -> None:
+    def __init__(self, message: str, **details: object) -> None:
         super().__init__(message)
         self.__dict__.update(details)
 
@@ -151,13 +175,13 @@ class CallableStatusUnknownError(MemIsolateError):
 class KilledBySignalError(CallableStatusUnknownError):
     """A signal ended the child while the callable was running: ``signal``."""
 
-    signal: signal.Signals
+    signal: Signals | int  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class UnexpectedExitStatusError(CallableStatusUnknownError):
     """The child ended by ``os._exit``, ``exec`` or the like while the callable was running: ``exit_status``."""
 
-    exit_status: int
+    exit_status: int  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class CallableTimeoutError(CallableStatusUnknownError, TimeoutError):
@@ -172,7 +196,7 @@ class WaitError(CallableStatusUnknownError):
 
 
 class _ChildTraceback(Exception):
-    """The ``__cause__`` of what the callable raised: the traceback as the child saw it."""
+    """The ``__cause__`` of what the callable raised, and of a crash or timeout: the stack as the child saw it."""
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""'
@@ -183,34 +207,50 @@ class _ChildTraceback(Exception):
 # that may block must release it (CDLL), so that other threads run meanwhile. Those that cannot block keep it too, for
 # to get it back from busy threads takes milliseconds.
 
+_LINUX = sys.platform.startswith("linux")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_holding_gil = PyDLL(None, use_errno=True)
 _libc_quick = PyDLL(None)  # likewise, for calls whose errno nobody asks for: to keep it costs page faults in the child
 _libc_fork = _libc_holding_gil.fork
 _libc_exit = _libc_quick._exit
-_libc_waitpid = _libc.waitpid
-_libc_waitpid_nohang = _libc_holding_gil.waitpid
 _libc_close = _libc_quick.close
-_libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
 _libc_sigmask = _libc_quick.pthread_sigmask
+_libc_sigaction = _libc_quick.sigaction
+_libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
+_libc_eventfd = getattr(_libc_holding_gil, "eventfd", None)  # Linux, FreeBSD 13
+_libc_socketpair = _libc_quick.socketpair
 _libc_prctl = getattr(_libc_quick, "prctl", None)  # Linux has it
-_libc_fallocate = getattr(_libc, "fallocate", None)  # Linux has it
+_libc_sigaltstack = getattr(_libc_quick, "sigaltstack", None) if _LINUX else None  # elsewhere stack_t looks different
 _libc_fpending = getattr(_libc_quick, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
 _libc_fpurge = getattr(_libc_quick, "__fpurge", None) or getattr(_libc_quick, "fpurge", None)  # the latter on the BSDs
-_libc_mmap = _libc_holding_gil.mmap
+
+# Where off_t has two sizes (32-bit glibc), the functions whose names end in 64 take the large one.
+_libc_mmap = getattr(_libc_holding_gil, "mmap64", None) or _libc_holding_gil.mmap
 _libc_mmap.restype = ctypes.c_void_p
-_libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _libc_munmap = _libc_quick.munmap
 _libc_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)  # Linux has it
+if _libc_fallocate is not None:
+    _libc_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc_madvise_quick = _libc_quick.madvise
 _libc_madvise_quick.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MADV_DONTFORK = getattr(mmap, "MADV_DONTFORK", None)  # Linux has it
+
+# wait4 is waitpid that also tells what the child used; a libc without it ignores the fourth argument of waitpid.
+_libc_wait4 = getattr(_libc, "wait4", None) or _libc.waitpid
+_libc_wait4_nohang = getattr(_libc_holding_gil, "wait4", None) or _libc_holding_gil.waitpid
+# struct rusage begins with two times of two words each, then the peak; musl's on 32 bits is different, and not read.
+_USAGE_IS_KNOWN = hasattr(_libc, "wait4") and (sys.maxsize > 2**32 or hasattr(_libc, "gnu_get_libc_version"))
+_PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
+
 _memoryview = pythonapi.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object
 _memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _PYBUF_WRITE = 0x200
 _MMAP_SHARED = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0  # and descriptor, offset
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_FIXED = 16  # of the mmap function
 
 _C_STREAMS = []
 for _stream in ("stdout", "stderr", "__stdoutp", "__stderrp"):  # the latter two on macOS and FreeBSD
@@ -218,50 +258,49 @@ for _stream in ("stdout", "stderr", "__stdoutp", "__stderrp"):  # the latter two
         _C_STREAMS.append(ctypes.c_void_p.in_dll(_libc, _stream))
 
 _PR_SET_PDEATHSIG = 1
-_MAP_FIXED = 16  # of the mmap function
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
+_EFD_NONBLOCK, _EFD_CLOEXEC = os.O_NONBLOCK, getattr(os, "O_CLOEXEC", 0)
 _F_ADD_SEALS = 1033  # in the fcntl module from 3.9 on
 _F_SEAL_EVERYTHING = 1 | 2 | 4 | 8  # seal, shrink, grow, write
 _SIG_BLOCK, _SIG_SETMASK = int(signal.SIG_BLOCK), int(signal.SIG_SETMASK)
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 _SignalSet = ctypes.c_char * 128  # sigset_t has 128 bytes in glibc and musl, fewer elsewhere
-_EVERY_SIGNAL = _SignalSet()
-_libc.sigfillset(_EVERY_SIGNAL)
+_SIGNALS = _SignalSet()  # all but faults: one that is blocked kills without running the handler that tells where
+_libc.sigfillset(_SIGNALS)
+for _fault in _FAULTS:
+    _libc.sigdelset(_SIGNALS, int(_fault))
 
-_pidfd_open = getattr(os, "pidfd_open", None)  # Linux 5.3, Python 3.9
+# Linux 5.3; os has it from Python 3.9 on, libc (glibc 2.36) for older ones.
+_pidfd_open: Any = getattr(os, "pidfd_open", None) or getattr(_libc_holding_gil, "pidfd_open", None)
 _pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)
 
-_get_interpreter = getattr(pythonapi, "PyInterpreterState_Get", None) or pythonapi._PyInterpreterState_Get  # 3.8
-_newest_interpreter = pythonapi.PyInterpreterState_Head
-_newest_thread = pythonapi.PyInterpreterState_ThreadHead
-_next_thread = pythonapi.PyThreadState_Next
-_get_interpreter.restype = pythonapi.PyInterpreterState_Main.restype = _newest_interpreter.restype = ctypes.c_void_p
-pythonapi.PyOS_AfterFork_Child.restype = None
-for _function in (_newest_thread, _next_thread):
-    _function.argtypes, _function.restype = [ctypes.c_void_p], ctypes.c_void_p
+_clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)  # time.monotonic may be replaced by a test suite
+_getpid, _getppid, _set_wakeup_fd = os.getpid, os.getppid, signal.set_wakeup_fd
+_gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
+_getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
 
-_MAIN_INTERPRETER = pythonapi.PyInterpreterState_Main()
-_IN_SUBINTERPRETER = _get_interpreter() != _MAIN_INTERPRETER
-_FREE_THREADED = "t" in sys.abiflags
+# A signal handler of Python's may raise between any two bytecodes: blocking signals does not help, since another thread
+# may take one, and the handler runs in the main thread. What must not be torn apart is therefore one step of C.
 
 
 def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
-    """Call a C function and append what it returns, in one step of C: no signal handler can raise in between.
-
-    Signals are blocked where this is used, but another thread may take one, and its handler runs in the main thread.
-    """
+    """Call a C function and append what it returns, in one step of C."""
     results.extend(itertools.starmap(function, (arguments,)))
 
 
 def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
-    """Take each item out and call a C function with it, likewise in one step."""
+    """Take each item out and call a C function with it, in one step of C."""
     if items:
         taken = map(list.pop, itertools.repeat(items, len(items)))
         any(map(function, taken, *map(itertools.repeat, arguments)))
 
 
-def _came_from_a_signal_handler(error: BaseException) -> bool:
-    """Whether a handler raised it: that is a function whose argument is the very frame that called it."""
+def _from_a_signal_handler(error: BaseException) -> bool:
+    """Whether a handler raised it, where only errors of the system are expected.
+
+    A handler is known by its argument: a function that was given the very frame that called it.
+    """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         code, caller = frame.f_code, frame.f_back
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + 1]:  # and that of *args
@@ -269,6 +308,649 @@ def _came_from_a_signal_handler(error: BaseException) -> bool:
             if caller and any(item is caller for item in (value if type(value) is tuple else (value,))):
                 return True
     return False
+
+
+@contextlib.contextmanager
+def _tolerating(*kinds: type[BaseException]) -> Iterator[None]:
+    """Go on behind the block after an error of these kinds, unless a signal handler raised it."""
+    try:
+        yield
+    except kinds as error:
+        if _from_a_signal_handler(error):
+            raise
+
+
+def _os_error(what: str = "") -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, what or os.strerror(code))
+
+
+# ---------------------------------------------------------------------------------------------------- Shared memory
+# What a child returns is one stream of bytes. Its first part is in the region, an anonymous shared mapping, behind a
+# header of five words. That works without a descriptor, and small as it is, little of it is in the way of a callable's
+# wild pointers. What does not fit there goes to the bulk, a file in memory that nobody has mapped while the callable
+# runs; a counter tells the parent how much the child has written there, so that it can read along. Nothing that was
+# written is written over. Large buffers follow the stream, each on pages of its own, so that one can be mapped.
+
+_PAGE = mmap.PAGESIZE
+_SHARED_SIZE = 64 * 1024  # only the pages that are used cost anything
+_HEADER_SIZE = 5 * 8  # five words: progress, and of the outcome: its kind, number of buffers, start, length of the stream
+_PROGRESS, _KIND, _BUFFERS, _START, _LENGTH = range(5)
+_LAST_WORDS_SIZE = 4096  # at the end: what is said when the bulk cannot be written
+_REGION_SIZE = _SHARED_SIZE - _HEADER_SIZE - _LAST_WORDS_SIZE
+_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth reading on its own
+_MAPPED = 256 * 1024  # and mapping, of which a process may have 65,530
+_READ_AHEAD = 1 << 18  # bytes that the parent reads at a time
+_PIECE = 4 << 20  # bytes that are written, then published, at a time
+_AHEAD = 64 << 20  # bytes that a generator's child may be ahead of its reader
+_ITEM = struct.Struct("=QQ")  # goes before each item of a generator: length of its stream, number of its buffers
+
+# How far the child came. Not small numbers, so that hardly a stray write is taken for one of them.
+_NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartrunning!returneddelivers")
+# What the child delivers.
+_RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
+
+# Where the bulk's descriptor stands for what is written at its position, the child's stack: far behind any result.
+_REPORT_AT = 1 << 60 if sys.maxsize > 2**32 else 1 << 40
+# High numbers are out of the way of the callable's own descriptors; elsewhere than on Linux, of the standard streams'.
+_NUMBERS = (512, 64, 3) if _LINUX else (3,)
+# fcntl's third argument is variadic, which ctypes cannot pass everywhere; Python's own gives the GIL away.
+_fcntl: Any = _libc_holding_gil.fcntl if _LINUX else fcntl.fcntl
+
+
+class _Shared:
+    """What parent and child share, until ``release``."""
+
+    header: Any = None  # the five words, as integers
+    region: Any = None  # the bytes behind them
+    last_words: Any = None
+
+    def __init__(self) -> None:
+        # Each is filled and emptied in one step of C, by _keep and _drain.
+        self.mapping: list[int] = []  # the address of header, region and last words
+        self.bulk: list[int] = []  # a descriptor
+        self.counter: list[int] = []  # an eventfd (else two connected sockets): the child adds the bytes it published
+        self.room: list[int] = []  # likewise, of a generator: the parent adds the bytes it took
+        self.published = 0  # bytes of the bulk that the parent may read
+        self.freed = 0  # bytes at its start that were given back
+
+    def make(self, streams: bool) -> None:
+        """Make them all; raise OSError where memory or descriptors are wanting."""
+        _keep(self.mapping, _libc_mmap, None, _SHARED_SIZE, *_MMAP_SHARED)
+        start = self.mapping[0]
+        if start == _MAP_FAILED:
+            self.mapping.clear()
+            raise _os_error("no memory for the result")
+        self.header = _memoryview(start, _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
+        self.region = _memoryview(start + _HEADER_SIZE, _REGION_SIZE, _PYBUF_WRITE)
+        self.last_words = _memoryview(start + _HEADER_SIZE + _REGION_SIZE, _LAST_WORDS_SIZE, _PYBUF_WRITE)
+        self.header[_PROGRESS] = _NOT_STARTED
+        _make_bulk(self.bulk)
+        _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK)
+        if streams:
+            _make_counter(self.room, _EFD_CLOEXEC)
+
+    def read_counter(self) -> bool:
+        """Add up what the child has published; whether it was anything."""
+        with contextlib.suppress(BlockingIOError):
+            told = os.read(self.counter[0], 4096)
+            self.published += sum(struct.unpack(f"={len(told) // 8}Q", told))
+            return True
+        return False
+
+    def free(self, end: int) -> None:
+        """Give back the memory of the bulk up to here, where that is worth a system call."""
+        end -= end % _PAGE
+        if _libc_fallocate is not None and end - self.freed >= 1 << 20:
+            _libc_fallocate(self.bulk[0], _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, self.freed, end - self.freed)
+            self.freed = end
+
+    def close_descriptors(self) -> None:
+        _drain(self.counter, _libc_close)
+        _drain(self.room, _libc_close)
+        _drain(self.bulk, os.close if self.published else _libc_close)  # freeing much takes a while
+
+    def release(self) -> None:
+        """Give back all that is still held; a second call goes on where the first was cut short."""
+        for view in (self.header, self.region, self.last_words):
+            if view is not None:
+                view.release()  # nobody may look there any more, a debugger in a traceback's frames included
+        self.close_descriptors()
+        _drain(self.mapping, _libc_munmap, _SHARED_SIZE)
+
+
+def _make_bulk(descriptors: list[int]) -> None:
+    if _libc_memfd_create is not None:
+        _keep(descriptors, _libc_memfd_create, b"mem_isolate", _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
+        if descriptors[0] >= 0:
+            _move_up(descriptors)
+            return
+        descriptors.clear()
+        if ctypes.get_errno() in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise _os_error()
+    import tempfile  # for a kernel or sandbox without memfd_create
+
+    with tempfile.TemporaryFile() as file:  # has no name any more
+        _keep(descriptors, os.dup, file.fileno())
+        _move_up(descriptors)
+
+
+def _make_counter(descriptors: list[int], flags: int) -> None:
+    if _libc_eventfd is not None:
+        _keep(descriptors, _libc_eventfd, 0, flags)
+        if 0 <= descriptors[0] <= 2:
+            _move_up(descriptors)
+    else:
+        ends = (ctypes.c_int * 2)()
+        made = itertools.starmap(_libc_socketpair, ((1, 1, 0, ends),))  # AF_UNIX, SOCK_STREAM
+        descriptors.extend(itertools.chain(filter(None, made), ends))  # one step of C, as in _keep
+        os.set_blocking(descriptors[0], not flags & _EFD_NONBLOCK)
+    if descriptors[0] < 0:
+        descriptors.clear()
+        raise _os_error()
+
+
+def _move_up(descriptors: list[int]) -> None:
+    """Exchange a descriptor for one with a high number, and never one that stands for a closed standard stream."""
+    for lowest in _NUMBERS:
+        _keep(descriptors, _fcntl, descriptors[0], fcntl.F_DUPFD_CLOEXEC, lowest)
+        if descriptors[1] >= 0:
+            any(map(_libc_close, map(descriptors.pop, (0,))))
+            return
+        descriptors.pop()  # the process may not have numbers as high as that
+    raise _os_error()
+
+
+def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
+    """Where the buffers are in the bulk, and where what follows them is, for a stream that ends here."""
+    return itertools.accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
+
+
+class _Writer:
+    """The child's end of the stream: the file that a pickler writes to."""
+
+    __slots__ = ("shared", "region", "start", "position", "buffers", "failed", "bulk", "counter", "publishes", "parent")
+
+    def __init__(self, shared: _Shared, parent: int, publishes: bool = True) -> None:
+        self.shared, self.region, self.parent = shared, shared.region, parent
+        self.start = self.position = 0
+        self.buffers: list[memoryview] = []
+        self.failed = False  # which tells a failed write from an object that cannot be pickled
+        self.bulk = self.counter = -1  # descriptors of the child's own, once they are needed
+        self.publishes = publishes
+
+    def after(self) -> _Writer:
+        """A writer for a stream behind this one, which is given up: the parent may be reading it, so it stays as it is."""
+        writer = _Writer(self.shared, self.parent, publishes=False)
+        writer.start = writer.position = self.position
+        writer.bulk = self.bulk
+        return writer
+
+    def write(self, data: Any) -> None:
+        start, end = self.position, self.position + len(data)
+        if end <= _REGION_SIZE:
+            self.region[start:end] = data
+        else:
+            with memoryview(data) as view:
+                fits = max(_REGION_SIZE - start, 0)
+                self.region[start : start + fits] = view[:fits]
+                self.write_bulk(max(start - _REGION_SIZE, 0), view[fits:], self.publishes)
+        self.position = end
+
+    def write_bulk(self, offset: int, data: memoryview, publish: bool = False) -> None:
+        try:
+            if self.bulk < 0:
+                self.bulk = self.open_bulk()
+                self.counter = _working_counter(self.shared.counter)
+            written = 0
+            while written < data.nbytes:
+                count = os.pwrite(self.bulk, data[written : written + _PIECE], offset + written)
+                written += count
+                if publish and self.counter >= 0:
+                    os.write(self.counter, struct.pack("=Q", count))
+        except Exception:
+            self.failed = True
+            raise
+
+    def open_bulk(self) -> int:
+        """The bulk's descriptor: the parent's, opened anew, for the callable may have closed or reused the child's."""
+        number = self.shared.bulk[0]
+        # In the /proc of another pid namespace the parent's number would be somebody else's.
+        with contextlib.suppress(OSError):
+            if os.readlink("/proc/self") == str(_getpid()):
+                with open(f"/proc/{self.parent}/fd/{number}", "r+b", buffering=0) as file:
+                    number = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
+        found = os.fstat(number)
+        if found.st_nlink or number == self.shared.bulk[0] and found.st_size:  # it has no name, and is still empty
+            raise OSError(errno.EBADF, "the callable closed the descriptor for large results")
+        return number
+
+    def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> None:
+        """Set a buffer aside, to be written as it is behind what is pickled."""
+        self.buffers.append(buffer.raw())
+
+    def end(self) -> int:
+        """Write the buffers: small ones and a table of all lengths into the stream, large ones behind it."""
+        if not self.buffers:
+            return 0
+        lengths = [view.nbytes for view in self.buffers]
+        self.write(b"".join(view for view in self.buffers if view.nbytes < _OUT_OF_BAND))
+        self.write(struct.pack(f"={len(lengths)}Q", *lengths))
+        large = [view for view in self.buffers if view.nbytes >= _OUT_OF_BAND]
+        offsets = _offsets(max(self.position - _REGION_SIZE, 0), [view.nbytes for view in large])
+        for offset, view in zip(offsets, large):
+            self.write_bulk(offset, view)
+        return len(lengths)
+
+    def deliver(self, kind: int) -> None:
+        """End the stream, and fill in all of the header: the callable can have written there."""
+        count, header = self.end(), self.shared.header
+        header[_KIND], header[_BUFFERS], header[_START], header[_LENGTH] = kind, count, self.start, self.position - self.start
+        header[_PROGRESS] = _DELIVERED
+
+
+def _working_counter(descriptors: list[int]) -> int:
+    """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number."""
+    try:
+        found = os.fstat(descriptors[-1])
+        if stat.S_ISSOCK(found.st_mode):
+            return descriptors[-1]
+        another: list[int] = []
+        _make_counter(another, _EFD_CLOEXEC)
+        same = os.path.samestat(found, os.fstat(another[0]))  # all eventfds are one inode
+        _drain(another, _libc_close)
+        return descriptors[-1] if same else -1
+    except OSError:
+        return -1
+
+
+class _ItemSender:
+    """A generator's child writes item after item to the bulk, each with its buffers, and publishes it when it is whole."""
+
+    def __init__(self, writer: _Writer) -> None:
+        self.writer = writer
+        self.parts: list[Any] = []  # what the pickler has written of an item
+        file = types.SimpleNamespace(write=self.parts.append)
+        self.pickler = pickle.Pickler(file, 5, buffer_callback=writer.keep_out_of_band)
+        self.sent = self.taken = 0
+
+    def send(self, item: Any) -> None:
+        writer, parts, buffers = self.writer, self.parts, self.writer.buffers
+        parts.clear()
+        buffers.clear()
+        try:
+            self.pickler.clear_memo()
+            self.pickler.dump(item)
+        except Exception as error:
+            raise _UnpicklableItem(type(item).__qualname__) from error
+        if writer.bulk < 0:
+            writer.write_bulk(0, memoryview(b""))  # opens it
+        large: list[memoryview] = []
+        if buffers:
+            parts += [view for view in buffers if view.nbytes < _OUT_OF_BAND]
+            parts.append(struct.pack(f"={len(buffers)}Q", *[view.nbytes for view in buffers]))
+            large += [view for view in buffers if view.nbytes >= _OUT_OF_BAND]
+        length = sum(map(len, parts))
+        parts.insert(0, _ITEM.pack(length, len(buffers)))
+        if length < _PIECE:
+            parts[:] = [b"".join(parts)]
+        end = self.sent
+        for part in parts:
+            writer.write_bulk(end, memoryview(part))
+            end += len(part)
+        for offset, view in zip(_offsets(end, [view.nbytes for view in large]), large):
+            writer.write_bulk(offset, view)
+            end = offset + -(-view.nbytes // _PAGE) * _PAGE
+        if writer.counter < 0:
+            writer.failed = True
+            raise OSError(errno.EBADF, "the generator closed the descriptors that its items need")
+        os.write(writer.counter, struct.pack("=Q", end - self.sent))
+        self.sent = end
+        writer.start = writer.position = _REGION_SIZE + end  # of what comes after the items
+        while self.sent - self.taken > _AHEAD:
+            told = os.read(writer.shared.room[0], 4096)
+            self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
+
+    def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run a generator function to its end in the child; return what it returns."""
+        items = function(*args, **kwargs)
+        while True:
+            try:
+                item = next(items)
+            except StopIteration as stop:
+                return stop.value
+            self.send(item)
+
+    def send_all_async(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        import asyncio
+
+        async def send_all() -> None:
+            async for item in function(*args, **kwargs):
+                self.send(item)
+
+        asyncio.run(send_all())
+
+
+class _UnpicklableItem(Exception):
+    """What stopped a generator in the child: its argument is the type of the item."""
+
+
+class _Abandoned(Exception):
+    """The child did not finish the stream that the parent has begun to read."""
+
+
+class _Reader(io.RawIOBase):
+    """The parent's end of the stream; ``more`` waits until it goes on behind a position, and says up to where."""
+
+    def __init__(self, shared: _Shared, position: int, more: Callable[[int], int]) -> None:
+        self.shared, self.position, self.more = shared, position, more
+        self.loaded: memoryview | None = None  # the rest of the stream, where the bulk is needed for something else
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.loaded is not None:
+            count = min(len(buffer), len(self.loaded))
+            buffer[:count], self.loaded = self.loaded[:count], self.loaded[count:]
+            return count
+        count = min(len(buffer), self.more(self.position) - self.position)
+        if count > 0:
+            count = _read_stream(self.shared, self.position, memoryview(buffer)[:count])
+            self.position += count
+            # What is read ahead, one buffer, may have to be read again: see take_buffers.
+            self.shared.free(self.position - _REGION_SIZE - _READ_AHEAD)
+        return max(count, 0)
+
+    def unpickler(self, buffers: Iterable[Any]) -> pickle.Unpickler:
+        return pickle.Unpickler(io.BufferedReader(self, _READ_AHEAD), buffers=buffers)
+
+    def take_buffers(self, count: int, end: int, alone: bool = True) -> list[Any]:
+        """All buffers of a stream, each in memory of its own that nobody else can change.
+
+        Where the bulk holds nothing else that is wanted, its largest buffer stays where it is, and is mapped.
+        """
+        shared, table = self.shared, memoryview(bytearray(8 * count))
+        _read_stream(shared, end - len(table), table)
+        lengths = table.cast("Q").tolist()
+        small = sum(length for length in lengths if length < _OUT_OF_BAND)
+        place = end - len(table) - small
+        offsets = iter(_offsets(max(end - _REGION_SIZE, 0), [size for size in lengths if size >= _OUT_OF_BAND]))
+        mapped = lengths.index(max(lengths)) if alone and max(lengths, default=0) >= _MAPPED else -1
+        memory: list[Any] = []
+        for number, length in enumerate(lengths):
+            offset = next(offsets) if length >= _OUT_OF_BAND else place
+            if length < _OUT_OF_BAND:
+                memory.append(memoryview(bytearray(length)))
+                _read_stream(shared, place, memory[-1])
+                place += length
+            elif number != mapped:
+                memory.append(memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)))
+                _read_stream(shared, offset + _REGION_SIZE, memory[-1])
+            else:
+                memory.append(offset)
+        if mapped >= 0:
+            rest = memoryview(bytearray(max(end - self.position, 0)))  # which mapping cuts away
+            _read_stream(shared, self.position, rest)
+            self.loaded = rest
+            memory[mapped] = _map(shared, memory[mapped], lengths[mapped])
+        return memory
+
+
+def _read_stream(shared: _Shared, position: int, view: memoryview) -> int:
+    """Fill a view from the region and the bulk, whole; return its length."""
+    length = len(view)
+    done = max(min(_REGION_SIZE - position, length), 0)
+    view[:done] = shared.region[position : position + done]
+    while done < length:
+        piece = view[done : done + (1 << 30)]  # some systems refuse to read 2 GiB at once
+        count = os.preadv(shared.bulk[0], [piece], position + done - _REGION_SIZE)
+        if count == 0:
+            raise EOFError("the result was cut short")
+        done += count
+    return length
+
+
+def _map(shared: _Shared, offset: int, length: int) -> memoryview:
+    """A piece of the bulk, mapped privately where the rest of it can be cut away, and nobody can change it any more.
+
+    A process that the callable left behind may hold the descriptor: hence the seal, which fails where somebody has
+    the bulk mapped for writing.
+    """
+    bulk = shared.bulk[0]
+    size, end = os.fstat(bulk).st_size, offset + -(-length // _PAGE) * _PAGE
+    for start, count in ((0, offset), (end, size - end)):
+        if _libc_fallocate is not None and count > 0:
+            _libc_fallocate(bulk, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, count)
+    if _libc_fallocate is None or _libc_quick.fcntl(bulk, _F_ADD_SEALS, _F_SEAL_EVERYTHING) != 0:
+        view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
+        _read_stream(shared, offset + _REGION_SIZE, view)
+        return view
+    if os.fstat(bulk).st_size < offset + length:
+        raise EOFError("the result was cut short")
+    # An mmap object of Python's would hold a duplicate of the descriptor as long as the result lives. So it makes an
+    # anonymous mapping, which has none, and libc maps the file in its place.
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    if _libc_mmap(address, length, writable, mmap.MAP_PRIVATE | _MAP_FIXED, bulk, offset) != address:
+        raise _os_error("the result could not be mapped")
+    return memoryview(memory)
+
+
+# ---------------------------------------------------------------------------------------------- Exceptions on their way
+
+
+_SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
+class _ExceptionPickler(pickle.Pickler):
+    """Pickles exceptions to be rebuilt without ``__init__``, which may want other arguments than ``args``."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        cls = type(obj)
+        if isinstance(obj, type) and issubclass(obj, BaseException) and not _is_found_by_name(obj):
+            return _class_of_this_process, (id(obj), obj.__module__, obj.__qualname__)
+        if not isinstance(obj, BaseException) or cls in copyreg.dispatch_table:
+            return NotImplemented
+        if cls.__reduce__ is not _builtin_base(cls).__reduce__ or vars(object)["__reduce_ex__"] is not getattr(
+            cls, "__reduce_ex__", None
+        ):
+            return NotImplemented  # the class knows better
+        reduced = obj.__reduce__()
+        if _sets_its_own_state(cls):
+            return (_new_exception, (cls, reduced[1]), *reduced[2:])
+        return _new_exception, (cls, reduced[1]), _exception_state(obj), None, None, _set_exception_state
+
+
+def _is_found_by_name(cls: type) -> bool:
+    try:
+        found: Any = sys.modules[cls.__module__]
+        for name in cls.__qualname__.split("."):
+            found = getattr(found, name)
+    except Exception:  # of a module's own __getattr__ too
+        return False
+    return found is cls
+
+
+def _class_of_this_process(address: int, module: str, name: str) -> type:
+    """The class of exceptions that was at this address at the fork, in the child as here; nothing is looked up by name."""
+    classes: dict[type, None] = {BaseException: None}
+    waiting = [BaseException]
+    for cls in waiting:
+        if id(cls) == address and (cls.__module__, cls.__qualname__) == (module, name):
+            return cls
+        new = [subclass for subclass in cls.__subclasses__() if subclass not in classes]
+        classes.update(dict.fromkeys(new))
+        waiting += new
+    raise pickle.UnpicklingError(f"its class {module}.{name} cannot be found: it was made in the child")
+
+
+def _builtin_base(cls: Any) -> Any:
+    while cls.__flags__ & 1 << 9:  # Py_TPFLAGS_HEAPTYPE: made at run time
+        cls = cls.__base__  # not the MRO, which may begin with a class that has another layout in C
+    return cls
+
+
+def _sets_its_own_state(cls: type[BaseException]) -> bool:
+    return cls.__setstate__ is not _builtin_base(cls).__setstate__
+
+
+def _new_exception(cls: type, arguments: tuple[Any, ...]) -> BaseException:
+    base = _builtin_base(cls)
+    error: BaseException = base.__new__(cls, *arguments)
+    base.__init__(error, *arguments)  # fills in what the class keeps in C, such as OSError.errno
+    return error
+
+
+def _exception_state(error: BaseException) -> dict[str, Any]:
+    """All attributes, those in slots and in C included; but not AttributeError.obj, which can be anything."""
+    if _sets_its_own_state(type(error)):
+        return {}
+    names = [name for cls in type(error).__mro__ for name, kind in vars(cls).items() if isinstance(kind, _SLOT_TYPES)]
+    state = {
+        name: getattr(error, name) for name in names if name[:2] != "__" and name != "obj" and hasattr(error, name)
+    }
+    return {**state, **vars(error), "args": error.args}
+
+
+def _set_exception_state(error: BaseException, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        if value is None and getattr(error, name, error) is None:
+            continue  # OSError shows a None that was set, and does not show one that was not
+        with contextlib.suppress(AttributeError, TypeError):  # some cannot be set: ExceptionGroup.message
+            object.__setattr__(error, name, value)  # the class's own may refuse, as a frozen dataclass does
+
+
+def _name(function: Callable[..., Any]) -> str:
+    name = None
+    with _tolerating(Exception):  # of a __getattr__ that expects no such question
+        name = getattr(function, "__qualname__", None)
+    return name if isinstance(name, str) else f"a {type(function).__qualname__} object"
+
+
+def _say(error: BaseException) -> str:
+    with _tolerating(Exception):  # of a SyntaxError that was made of anything
+        return "".join(traceback.format_exception_only(type(error), error)).strip()  # also where str(error) raises
+    return type(error).__qualname__
+
+
+# ------------------------------------------------------------------------------- Other threads, and what a child renews
+# A child has one thread. What the others were doing at the fork is put right in two steps: the interpreter by its own
+# repair, in C (see _Process.fork), before the child runs any bytecode; the standard library's locks by _renew, after.
+
+_LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))
+_bootstrap: Any = sys.modules["_frozen_importlib"]
+# Locks of the standard library's own modules that another thread may hold at any moment.
+_STANDARD_LOCKS = (
+    ("_strptime", "_cache_lock"),
+    ("asyncio.events", "_lock"),
+    ("asyncio.mixins", "_global_lock"),
+    ("concurrent.futures.thread", "_global_shutdown_lock"),
+    ("sysconfig", "_CONFIG_VARS_LOCK"),
+    ("tempfile", "_once_lock"),
+)
+_FREE_THREADED = "t" in sys.abiflags
+#: Private parts of CPython that calls beside other threads lean on, and that this version does not have.
+_missing_parts: list[str] = []
+
+
+def _python_function(name: str, restype: Any, *argtypes: Any) -> Any:
+    function = getattr(pythonapi, name, None)
+    if function is None:
+        _missing_parts.append(name)
+        return lambda *_: None
+    function.restype, function.argtypes = restype, argtypes
+    return function
+
+
+_has_attribute = _python_function("PyObject_HasAttr", None, ctypes.py_object, ctypes.py_object)
+_repair_interpreter = _python_function("PyOS_AfterFork_Child", None)
+_increment_reference = _python_function("Py_IncRef", None, ctypes.c_void_p)
+_newest_interpreter = _python_function("PyInterpreterState_Head", ctypes.c_void_p)
+_newest_thread = _python_function("PyInterpreterState_ThreadHead", ctypes.c_void_p, ctypes.c_void_p)
+_next_thread = _python_function("PyThreadState_Next", ctypes.c_void_p, ctypes.c_void_p)
+_MAIN_INTERPRETER = _python_function("PyInterpreterState_Main", ctypes.c_void_p)()
+_get_interpreter = "PyInterpreterState_Get" if sys.version_info >= (3, 9) else "_PyInterpreterState_Get"
+_IN_SUBINTERPRETER = _python_function(_get_interpreter, ctypes.c_void_p)() != _MAIN_INTERPRETER
+
+
+def _other_threads() -> bool:
+    """Whether the interpreter knows another thread: also one that C code made, which ``threading`` misses.
+
+    The threads are walked in one step of C. Between two bytecodes the GIL may go to the newest thread, which ends and
+    is freed: the walk would go on in freed memory, and may find nobody.
+    """
+    return any(map(_next_thread, map(_newest_thread, (_MAIN_INTERPRETER,))))
+
+
+def _find_child_hooks() -> list[Any] | None:
+    """Find the interpreter's own list of hooks from ``os.register_at_fork(after_in_child=...)``.
+
+    The repair runs these hooks too, unless the list is empty.
+    """
+
+    def mark() -> None:
+        pass
+
+    os.register_at_fork(after_in_child=mark)
+    if gc.get_freeze_count():  # get_referrers does not look among frozen objects
+        gc.unfreeze()
+        holders = gc.get_referrers(mark)
+        gc.freeze()
+    else:
+        holders = gc.get_referrers(mark)
+    for holder in holders:
+        if type(holder) is list:
+            holder.remove(mark)
+            return holder
+    _missing_parts.append("the list of at-fork hooks")
+    return None
+
+
+def _find_what_threads_own() -> list[int]:
+    """Find where in a thread state of C the pointers to its ``threading.local`` values and to its context are."""
+    state = _python_function("PyThreadState_Get", ctypes.c_void_p)()
+
+    def offset_of(address: int | None) -> int:
+        words = (ctypes.c_void_p * 120).from_address(state)
+        return list(words).index(address) * ctypes.sizeof(ctypes.c_void_p)
+
+    try:
+        if sys.version_info < (3, 13):
+            owner = _python_function("PyThreadState_GetDict", ctypes.c_void_p)()
+        else:  # an object whose end tells each threading.local of the end of the thread
+            probe = threading.local()
+            probe.value = None
+            owner = next(id(ref()) for found in gc.get_referents(probe) if type(found) is set for ref in found)
+        context = contextvars.Context()
+        return [offset_of(owner), context.run(offset_of, id(context))]
+    except (ValueError, StopIteration, TypeError):
+        _missing_parts.append("what a thread state owns")
+        return []
+
+
+_child_hooks = _find_child_hooks()
+_OWNED = _find_what_threads_own()
+
+
+def _keep_what_threads_own() -> functools.partial[Any]:
+    """A step for the child: take a reference to what each thread owns, and never give it back.
+
+    The repair deletes the states of the other threads. What only they kept alive would be finalised: files deleted
+    under the parent, connections closed. No bytecode may run before the repair, so iterators of C do it: they walk
+    the states, whose next function takes no notice of its second argument, and read a pointer in each.
+    """
+
+    def owned(offset: int) -> Iterator[Any]:
+        states = itertools.accumulate(
+            itertools.chain(map(_newest_thread, (_MAIN_INTERPRETER,)), itertools.repeat(0)), _next_thread
+        )
+        addresses = map(operator.add, itertools.takewhile(bool, states), itertools.repeat(offset))
+        return map(operator.attrgetter("value"), map(ctypes.c_void_p.from_address, addresses))
+
+    owners = itertools.chain(*map(owned, _OWNED))
+    return functools.partial(any, map(_increment_reference, owners))
 
 
 def _streams() -> tuple[Any, ...]:
@@ -287,591 +969,13 @@ def _flush(*streams: Any) -> bool:
             if stream is not None:
                 stream.flush()
         except Exception as error:
-            if _came_from_a_signal_handler(error):
+            if _from_a_signal_handler(error):
                 raise
             flushed = False
     for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
         if _libc_fpending is None or _libc_fpending(pointer):
             _libc.fflush(pointer)
     return flushed
-
-
-# ----------------------------------------------------------------------------------------------------- Other threads
-
-_turns = threading.RLock()  # held by the thread that is about to fork
-_acquire_turn = operator.methodcaller("acquire", True, 5)
-_acquire_soon = operator.methodcaller("acquire", True, 0.05)
-_release = operator.methodcaller("release")
-_LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))
-_bootstrap: Any = sys.modules["_frozen_importlib"]
-# Locks of the standard library's own modules that another thread may hold at any moment.
-_STANDARD_LOCKS = (
-    ("_strptime", "_cache_lock"),
-    ("asyncio.events", "_lock"),
-    ("asyncio.mixins", "_global_lock"),
-    ("concurrent.futures.thread", "_global_shutdown_lock"),
-    ("sysconfig", "_CONFIG_VARS_LOCK"),
-    ("tempfile", "_once_lock"),
-)
-
-
-def _other_threads() -> bool:
-    """Whether the interpreter knows another thread: also one that C code made, which ``threading`` misses.
-
-    The threads are walked in one step of C. Between two bytecodes the GIL may go to the newest thread, which ends and
-    is freed: the walk would go on in freed memory, and may find nobody.
-    """
-    newest = map(_newest_thread, (_MAIN_INTERPRETER,))
-    return _newest_interpreter() != _MAIN_INTERPRETER or any(map(_next_thread, newest))
-
-
-def _handlers() -> list[Any]:
-    """Return the handlers of logging, with None for one that has just gone."""
-    return [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
-
-
-def _find_child_hooks() -> list[Any]:
-    """Find the interpreter's own list of hooks from ``os.register_at_fork(after_in_child=...)``.
-
-    ``PyOS_AfterFork_Child``, which repairs the interpreter in a child, runs these hooks too unless the list is empty.
-    """
-
-    def mark() -> None:
-        pass
-
-    os.register_at_fork(after_in_child=mark)
-    if gc.get_freeze_count():  # get_referrers does not look among frozen objects
-        gc.unfreeze()
-        holders = gc.get_referrers(mark)
-        gc.freeze()
-    else:
-        holders = gc.get_referrers(mark)
-    for holder in holders:
-        if type(holder) is list:
-            holder.remove(mark)
-            return holder
-    raise ImportError("mem_isolate did not find the interpreter's list of at-fork hooks")
-
-
-_child_hooks = _find_child_hooks()
-
-
-class _OtherThreads:
-    """What a process with other threads needs around a fork; one without them pays for none of this."""
-
-    def __init__(self) -> None:
-        self.hooks = _child_hooks[:]  # for the child to put back
-        # Lists for _keep and _drain:
-        self.turn: list[Any] = []
-        self.logging_locks: list[Any] = []
-        self.import_lock: list[None] = []
-
-    def hold_locks(self) -> None:
-        """Take the lock of logging and of every handler, so that no thread is in the middle of a record at the fork.
-
-        Threads may hold one while they wait for another, and a handler may be stuck: so all are given back and tried
-        again when one is not to be had soon, and in the end it goes without (as bpo-36533 taught CPython itself).
-        """
-        self.turn.extend(filter(_acquire_turn, [_turns]))  # or calls from several threads would compete for the rest
-        locks = [logging._lock, *(getattr(handler, "lock", None) for handler in _handlers())]  # type: ignore[attr-defined]
-        locks = list({id(lock): lock for lock in locks if isinstance(lock, _LOCK_TYPES)}.values())  # some share one
-        for _ in range(4):
-            _drain(self.logging_locks, _release)
-            self.logging_locks.extend(filter(_acquire_soon, locks))
-            if len(self.logging_locks) == len(locks):
-                break
-
-    def fork(self, forks: Iterator[int], pids: list[int]) -> None:
-        """Fork, and in the child run CPython's own repair of the interpreter, all in one step of C.
-
-        The child may not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
-        thread that does not exist there, and would wait for it for ever. So iterators of C do it, of which
-        ``children`` yields in the child only. The repair would run the hooks too, so it is given an empty list.
-        """
-        _keep(self.import_lock, _imp.acquire_lock)  # the repair makes it anew; from 3.13 on it releases it
-        forks = itertools.filterfalse(pids.append, forks)  # append returns None, so that each pid is handed on
-        children = itertools.filterfalse(None, forks)
-        emptied = map(_child_hooks.__delitem__, itertools.repeat(slice(None)))
-        # zip empties the list once there is a child, and hands the repair two arguments, of which it takes no notice.
-        any(itertools.starmap(pythonapi.PyOS_AfterFork_Child, zip(children, emptied)))
-
-    def release_locks(self) -> None:
-        if self.import_lock:
-            with contextlib.suppress(RuntimeError):  # not held: an earlier try at this was interrupted
-                _imp.release_lock()
-            self.import_lock.clear()
-        _drain(self.logging_locks, _release)
-        _drain(self.turn, _release)
-
-    def repair(self) -> None:
-        """Free the child from what the threads that it does not have were doing at the fork."""
-        # 1. The interpreter itself is repaired already (see fork). The hooks go back, for later forks.
-        _child_hooks[:] = self.hooks
-        # 2. Imports: a module that another thread was in the middle of importing is imported anew.
-        for name, reference in list(_bootstrap._module_locks.items()):
-            if getattr(reference(), "owner", None) not in (None, threading.get_ident()):
-                sys.modules.pop(name, None)
-        _bootstrap._module_locks.clear()
-        _bootstrap._blocking_on.clear()
-        # 3. threading: only this thread is left, and it is the main thread.
-        threading._after_fork()  # type: ignore[attr-defined]
-        # 4. Logging: a lock that was not to be had in time is made anew; logging's own first, which createLock takes.
-        held = set(map(id, self.logging_locks))
-        if id(logging._lock) not in held:  # type: ignore[attr-defined]
-            logging._lock = threading.RLock()  # type: ignore[attr-defined]
-        for handler in _handlers():
-            if isinstance(getattr(handler, "lock", None), _LOCK_TYPES) and id(handler.lock) not in held:
-                handler.createLock()
-        global _turns
-        if not self.turn:
-            _turns = threading.RLock()
-        self.release_locks()
-        # 5. Single locks.
-        for module_name, name in _STANDARD_LOCKS:
-            module = sys.modules.get(module_name)
-            if hasattr(module, name):
-                setattr(module, name, threading.RLock() if "CONFIG" in name else threading.Lock())
-
-
-# ---------------------------------------------------------------------------------------------------------- The call
-# Child and parent share two things. The region is an anonymous shared mapping: progress, a header, and results that
-# fit. It works without a descriptor, and small as it is, little of it is in the way of a callable's wild pointers. The
-# bulk is a file in memory for all that does not fit; nobody has it mapped while the callable runs.
-
-_HEADER_SIZE = 5 * 8  # five words: progress, kind of outcome, number of buffers, length of the stream, in the bulk?
-_PROGRESS, _KIND, _BUFFERS, _LENGTH, _IN_BULK = range(5)
-_SHARED_SIZE = 64 * 1024  # only the pages that are used cost anything
-_REGION_SIZE = _SHARED_SIZE - _HEADER_SIZE
-_PAGE = mmap.PAGESIZE
-_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth reading on its own
-_MAPPED = 256 * 1024  # and mapping, of which a process may have 65,530
-
-# How far the child came. Not small numbers, so that hardly a stray write is taken for one of them.
-_NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartrunning!returneddelivers")
-# What the child delivers.
-_RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
-
-_clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)  # time.monotonic may be replaced by a test suite
-_getpid, _getppid, _freeze, _set_wakeup_fd = os.getpid, os.getppid, gc.freeze, signal.set_wakeup_fd
-_gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
-_getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
-_SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
-
-
-class _Call:
-    """One isolated call, and everything that it holds until ``end`` gives it back, however the call went."""
-
-    header: Any = None  # the five words, as integers
-    region: Any = None  # the bytes behind them
-    sink: Any
-    dump: Any
-    threads: _OtherThreads | None = None
-    unblocked = gone = expired = ended = False
-    wait_error: OSError | None = None
-    stream: Any = None  # what is unpickled
-    buffers: list[Any]  # what belongs to that, out of band
-    received = 0  # bytes
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        timeout: float | None = None,
-        memory_limit: int | None = None,
-    ) -> None:
-        if not callable(function):
-            raise TypeError(f"expected a callable, not {type(function).__name__}")
-        _need_frames(16)
-        self.function = function
-        self.timeout = timeout
-        self.memory_limit = memory_limit
-        self.started = _clock()
-        self.parent = _getpid()
-        self.mask = _SignalSet()
-        _libc_sigmask(_SIG_BLOCK, None, self.mask)
-        self.status = ctypes.c_int(-1)  # of waitpid
-        # Lists of at most one, each filled and emptied in one step of C, as _keep and _drain do it:
-        self.child: list[int] = []  # its pid; in the child 0, where fork failed -1
-        self.mapping: list[int] = []  # the address of header and region
-        self.bulk: list[int] = []  # the descriptor
-        self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
-
-    # -- starting
-
-    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
-        """Fork; the child calls the function (or ``run``), and does not return from here."""
-        self.flushed = _flush(*_streams())  # or the child would print again what waits in them
-        if _IN_SUBINTERPRETER:
-            raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
-        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
-        try:
-            _keep(self.mapping, _libc_mmap, None, _SHARED_SIZE, *_MMAP_SHARED)
-            if self.mapping[0] == _MAP_FAILED:
-                self.mapping.clear()
-                raise OSError(ctypes.get_errno(), "no memory for the result")
-            self.header = _memoryview(self.mapping[0], _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
-            self.region = _memoryview(self.mapping[0] + _HEADER_SIZE, _REGION_SIZE, _PYBUF_WRITE)
-            self.header[_PROGRESS] = _NOT_STARTED
-            _make_bulk(self.bulk)
-            self.prepare()
-        except (OSError, MemoryError) as error:
-            if _came_from_a_signal_handler(error):
-                raise
-            raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
-        if _other_threads():  # as late as can be, since threads of C may come at any moment
-            if _FREE_THREADED:
-                raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
-            self.threads = _OtherThreads()
-            self.threads.hold_locks()
-        # Looked up here, since it would cost the child more.
-        become_the_child = _become_the_child
-        child = self, self.header, self.mask, self.child_setup(), run or self.function, args, kwargs
-        # One step of C forks and keeps the pid: a handler that raises in between would lose the child, or let it out.
-        forks = itertools.starmap(_libc_fork, ((),))
-        if self.threads is None:
-            self.child.extend(forks)
-        else:
-            self.threads.fork(forks, self.child)
-        if self.child[0] == 0:
-            become_the_child(*child)
-        if _MADV_DONTFORK and (self.threads is not None or run is not None):
-            # A later child, forked while this one runs, does not get this region to scribble on.
-            _libc_madvise_quick(self.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
-        if self.threads is not None:
-            self.threads.release_locks()
-        if self.child[0] < 0:
-            code = ctypes.get_errno()
-            cause = OSError(code, os.strerror(code))
-            raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
-        _watch_end(self.child[0], self.watch)
-        _libc_sigmask(_SIG_SETMASK, self.mask, None)
-        self.unblocked = True
-
-    def child_setup(self) -> list[Callable[[], None]]:
-        """What the child has to do before it calls the function, besides what every child has to."""
-        setup: list[Callable[[], None]] = []
-        if self.threads is not None or not self.flushed:
-            setup.append(_renew_streams)
-        if self.threads is not None:
-            setup.append(self.threads.repair)
-        if "asyncio" in sys.modules:
-            setup.append(_leave_event_loop)
-        if self.memory_limit is not None:
-            setup.append(self.limit_memory)
-        return setup
-
-    def prepare(self) -> None:
-        """Make what the child needs to deliver a result: what is made here costs it no memory."""
-        self.sink = _Sink(self)
-        self.dump = pickle.Pickler(self.sink, 5, buffer_callback=self.sink.keep_out_of_band).dump
-
-    # -- in the child
-
-    def limit_memory(self) -> None:
-        with open("/proc/self/status") as status:
-            data = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
-        self.data_limits = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limits = (data + (self.memory_limit or 0), soft, hard, sys.maxsize)
-        resource.setrlimit(
-            resource.RLIMIT_DATA, (min(limit for limit in limits if limit != resource.RLIM_INFINITY), hard)
-        )
-
-    def lift_memory_limit(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the callable lowered the hard limit
-            resource.setrlimit(resource.RLIMIT_DATA, self.data_limits)
-
-    # -- waiting, in the parent
-
-    def wait(self) -> None:
-        """Wait until the child is gone; at the deadline, kill it."""
-        looks = 0
-        while not self.gone:
-            if self.watch:
-                poller = select.poll()
-                poller.register(self.watch[0], select.POLLIN)
-                poller.poll(self.pause(looks) * 1000)
-            elif self.timeout is None:
-                self.reap()
-            else:
-                time.sleep(self.pause(looks))
-            self.look()
-            looks += 1
-
-    async def wait_async(self) -> None:
-        """Wait likewise, while the event loop goes on."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        looks = 0
-        while not self.gone:
-            if self.watch:
-                ended = loop.create_future()
-                loop.add_reader(self.watch[0], _wake, ended)
-                try:
-                    await asyncio.wait([ended], timeout=self.pause(looks))
-                finally:
-                    loop.remove_reader(self.watch[0])
-            else:
-                await asyncio.sleep(self.pause(looks))
-            self.look()
-            looks += 1
-
-    def pause(self, looks: int) -> float:
-        """Seconds until the next look at the child, after so many looks; never beyond the deadline.
-
-        Where the end of the child wakes us, it is a second: a signal that comes just before the sleep does not end it,
-        and its handler, which may raise, is to run soon all the same.
-        """
-        longest = 1.0 if self.watch else 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
-        return longest if self.timeout is None else min(longest, self.remaining(self.timeout))
-
-    def remaining(self, timeout: float) -> float:
-        return max(self.started + timeout - _clock(), 0.0)
-
-    def look(self) -> None:
-        """Reap the child if it has ended, kill it if it should have."""
-        late = self.timeout is not None and self.remaining(self.timeout) == 0
-        if not self.reap(os.WNOHANG) and late:
-            self.expired = True
-            self.kill()
-
-    def reap(self, options: int = 0) -> bool:
-        """Wait for the child, or look with ``os.WNOHANG``; whether it is gone."""
-        at_once = options == os.WNOHANG
-        while not self.gone:
-            waitpid = _libc_waitpid_nohang if at_once else _libc_waitpid
-            pid = waitpid(self.child[0], ctypes.byref(self.status), os.WNOHANG if at_once else 0)
-            if pid > 0 and os.WIFSTOPPED(self.status.value):  # it asked to be traced, and would wait for ever
-                os.kill(self.child[0], signal.SIGKILL)
-            elif pid > 0:
-                self.gone = True
-            elif not at_once:
-                at_once = True  # EINTR, or a code that a signal handler has replaced by one of its own: a look tells
-            elif pid == 0:
-                if options == os.WNOHANG:
-                    return False
-                at_once = False  # it is still running: wait again
-            elif ctypes.get_errno() != errno.EINTR:
-                # ECHILD: somebody else reaped it, or SIGCHLD is ignored.
-                self.wait_error = OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-                self.gone = True
-        return True
-
-    def kill(self) -> None:
-        if not self.reap(os.WNOHANG):
-            try:
-                # By pidfd, where there is one: it cannot hit a process that got the pid after somebody reaped ours.
-                if self.watch and _pidfd_send_signal:
-                    _pidfd_send_signal(self.watch[0], signal.SIGKILL)
-                else:
-                    os.kill(self.child[0], signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            except PermissionError as error:  # it has become another user's: nothing that we can do will end it
-                self.wait_error, self.gone = error, True
-            self.reap()
-
-    # -- giving back
-
-    def end(self) -> None:
-        """Give back all that is still held; a second call goes on with what a signal handler's exception cut short."""
-        if self.child == [0]:
-            _libc_exit(1)  # the child never returns into the caller's code
-        # A handler, or another task, may have changed the mask since start: that is to stay.
-        save, self.unblocked = self.mask if self.unblocked else None, False
-        _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, save)
-        if self.threads is not None:
-            self.threads.release_locks()
-        if not self.gone and self.child and self.child[0] > 0:
-            self.kill()
-        for view in (self.header, self.region):
-            if view is not None:
-                view.release()  # nobody may look there any more, a debugger in a traceback's frames included
-        self.header = self.region = self.sink = self.dump = None
-        if self.stream is not None:
-            self.stream.close()
-            self.buffers.clear()  # which those frames would keep
-        _drain(self.watch, _libc_close)
-        _drain(self.bulk, _libc_close if self.received <= _REGION_SIZE else os.close)  # freeing much takes a while
-        _drain(self.mapping, _libc_munmap, _SHARED_SIZE)
-        self.ended = True
-        _libc_sigmask(_SIG_SETMASK, self.mask, None)
-
-
-def _make_bulk(descriptors: list[int]) -> None:
-    if _libc_memfd_create is not None:
-        _keep(descriptors, _libc_memfd_create, b"mem_isolate", _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
-        if descriptors[0] > 2:
-            return
-        code = ctypes.get_errno()
-        if descriptors[0] >= 0:  # a standard stream is closed, and whatever is printed would go there
-            _keep(descriptors, fcntl.fcntl, descriptors[0], fcntl.F_DUPFD_CLOEXEC, 3)
-            _libc_close(descriptors.pop(0))
-            return
-        descriptors.clear()
-        if code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise OSError(code, os.strerror(code))
-    import tempfile  # for a kernel or sandbox without memfd_create
-
-    with tempfile.TemporaryFile() as file:  # has no name any more
-        _keep(descriptors, fcntl.fcntl, file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
-
-
-def _watch_end(pid: int, descriptors: list[int]) -> None:
-    """Add a descriptor that becomes readable when the process ends, where the system has such a thing."""
-    try:
-        if _pidfd_open:
-            _keep(descriptors, _pidfd_open, pid)
-        elif sys.platform != "linux" and hasattr(select, "kqueue"):  # macOS and the BSDs
-            with contextlib.closing(select.kqueue()) as queue:
-                flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
-                queue.control([select.kevent(pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT)], 0)
-                _keep(descriptors, os.dup, queue.fileno())
-    except OSError as error:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
-        if _came_from_a_signal_handler(error):
-            raise
-
-
-def _wake(ended: asyncio.Future[None]) -> None:
-    if not ended.done():
-        ended.set_result(None)
-
-
-def _need_frames(count: int) -> None:
-    """Raise RecursionError while nothing is held yet, if what follows would meet the recursion limit half-way."""
-    if count:
-        _need_frames(count - 1)
-
-
-def _finish(call: _Call) -> None:
-    """End a call, whatever signal handlers do: an exception of theirs that cuts this short is raised after another try."""
-    try:
-        call.end()
-    except BaseException:
-        _finish(call)
-        raise
-
-
-# --------------------------------------------------------------------------------------------------------- The child
-# Each object that the child touches costs it a page fault, since the reference count in it is written to, and so does
-# each cache that the parent did not fill: hence the local names, and what the parent prepares for the child.
-
-
-def _be_the_child(
-    call: _Call,
-    header: memoryview,
-    mask: ctypes.Array[ctypes.c_char],
-    setup: list[Callable[[], None]],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> NoReturn:
-    """Run the callable and deliver its outcome. Signals are blocked except while the callable runs."""
-    # First of all, since any allocation may set off a collection: never finalise the parent's garbage a second time,
-    # and leave the pages of its heap shared.
-    _freeze()
-    pid = _getpid()
-    try:
-        try:
-            if _libc_prctl is not None:
-                _libc_prctl(_PR_SET_PDEATHSIG, 9)
-                if _getppid() not in (call.parent, 0):  # it died before that; 0 stands for one in another namespace
-                    _libc_exit(1)
-            _set_wakeup_fd(-1)  # the parent's event loop listens there
-            if setup:
-                for step in setup:
-                    step()
-        except BaseException as error:
-            _deliver_failure(call, _SETUP_FAILED, "the child could not be set up", error)
-            _libc_exit(1)
-        streams, recursion_limit = _streams(), _getrecursionlimit()
-        value = failure = None
-        header[_PROGRESS] = _RUNNING
-        try:
-            try:
-                _libc_sigmask(_SIG_SETMASK, mask, None)
-                value = function(*args, **kwargs)
-            finally:
-                _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
-        except BaseException as error:
-            _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)  # a handler may have raised before the one above did it
-            failure = error
-        if _getpid() != pid:
-            _libc_exit(0)  # a process that the callable forked came back out of it
-        header[_PROGRESS] = _RETURNED
-        # What the callable set must not disturb the rest.
-        if _gettrace() is not None:
-            sys.settrace(None)
-        if _getprofile() is not None:
-            sys.setprofile(None)
-        if _getrecursionlimit() < recursion_limit:
-            sys.setrecursionlimit(recursion_limit)
-        if setup and call.memory_limit is not None:  # without a setup there is none, and nothing to look up
-            call.lift_memory_limit()
-        _deliver_outcome(call, value, failure)
-        if _streams() != streams:
-            _flush(*_streams())
-        _flush(*streams)
-        _libc_exit(0)
-    except BaseException as error:  # handlers raised one after the other, or something is broken
-        failure = error
-        for _ in range(1000):
-            try:
-                _libc_sigmask(_SIG_BLOCK, _EVERY_SIGNAL, None)
-                break
-            except BaseException:
-                continue
-        if _getpid() == pid and header[_PROGRESS] != _DELIVERED:
-            _deliver_outcome(call, None, failure)
-            _libc_exit(0)
-    finally:
-        _libc_exit(1)
-    raise AssertionError("_exit returned")
-
-
-if sys.version_info >= (3, 11):
-    _become_the_child = _be_the_child
-else:
-    # There the interpreter looks for signals before almost every bytecode. Under a storm of them whose handlers raise,
-    # exceptions come faster than any number of try and finally could stop them, and would carry the child out into the
-    # caller's code. So the child runs in a __del__, out of which nothing is raised, and _exit follows, whatever happens:
-    # a tuple deletes its items from the last to the first, in C. From 3.11 on this would only cost 20 page faults.
-
-    def _become_the_child(*child: Any) -> None:
-        guard = (_Leave(), _BeTheChild(*child))
-        del guard
-
-    class _BeTheChild:
-        def __init__(self, *child: Any) -> None:
-            self.child = child
-
-        def __del__(self) -> None:
-            _be_the_child(*self.child)
-
-    class _Leave:
-        __del__ = staticmethod(functools.partial(_libc_exit, 1))
-
-
-def _leave_event_loop() -> None:
-    """Let the callable run an event loop of its own although the parent's was running at the fork."""
-    asyncio: Any = sys.modules.get("asyncio")
-    if not hasattr(asyncio, "_set_running_loop"):
-        return  # another thread was only importing it
-    loop = asyncio._get_running_loop()
-    if loop is not None:
-        task = asyncio.current_task(loop)
-        if task is not None:
-            asyncio.tasks._leave_task(loop, task)
-        asyncio._set_running_loop(None)
-
-
-def _run_coroutine(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call a function in the child and, if it is an ``async def`` one, run what it returns in a fresh event loop."""
-    value = function(*args, **kwargs)
-    if not isinstance(value, collections.abc.Coroutine):
-        return value
-    import asyncio
-
-    return asyncio.run(value)
 
 
 def _renew_streams() -> None:
@@ -893,145 +997,220 @@ def _renew_streams() -> None:
             _libc_fpurge(pointer)
 
 
-class _Sink:
-    """The file that a child pickles to: into the region while it fits there, and all into the bulk once it does not."""
+def _handlers() -> list[Any]:
+    """Return the handlers of logging, with None for one that has just gone."""
+    return [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
 
-    __slots__ = ("header", "region", "parent", "bulk", "own_bulk", "buffers", "length", "in_bulk", "failed")
 
-    def __init__(self, call: _Call) -> None:  # and does not keep it, for they would be a cycle
-        self.header, self.region, self.parent, self.bulk = call.header, call.region, call.parent, call.bulk
-        self.own_bulk: int | None = None
-        self.buffers: list[memoryview] = []
-        self.length = 0
-        self.in_bulk = False
-        self.failed = False  # which tells a failed write from an object that cannot be pickled
+def _renew_logging() -> None:
+    """Make the locks of logging and its handlers anew: another thread may have held one.
 
-    def write(self, data: Any) -> None:
-        start, end = self.length, self.length + len(data)
-        if end > _REGION_SIZE or self.in_bulk:
-            if not self.in_bulk:
-                self.in_bulk = True
-                self.write_at(0, self.region[:start])
-            self.write_at(start, data)
-        else:
-            self.region[start:end] = data
-        self.length = end
+    Nobody's lock is waited for before the fork. Python once took them all, and had to stop (bpo-36533).
+    """
+    logging._lock = threading.RLock()  # type: ignore[attr-defined]
+    for handler in _handlers():
+        if isinstance(getattr(handler, "lock", None), _LOCK_TYPES):
+            handler.createLock()
+        queue = getattr(handler, "queue", None)  # a QueueHandler's; what waits there is the parent's to handle
+        if hasattr(queue, "mutex") and hasattr(queue, "maxsize"):
+            type(queue).__init__(queue, queue.maxsize)
 
-    def write_at(self, offset: int, data: Any) -> None:
+
+def _renew(hooks: list[Any]) -> None:
+    """Free the child from what the threads that it does not have were doing at the fork."""
+    if _child_hooks is not None:
+        _child_hooks[:] = hooks  # for later forks
+    with contextlib.suppress(RuntimeError):  # from 3.13 on the interpreter's repair has released it
+        _imp.release_lock()
+    for name, reference in list(_bootstrap._module_locks.items()):  # imported anew: it was half imported
+        if getattr(reference(), "owner", None) not in (None, threading.get_ident()):
+            sys.modules.pop(name, None)
+    _bootstrap._module_locks.clear()
+    _bootstrap._blocking_on.clear()
+    threading._after_fork()  # type: ignore[attr-defined]  # only this thread is left, and it is the main thread
+    for module_name, name in _STANDARD_LOCKS:
+        module = sys.modules.get(module_name)
+        if hasattr(module, name):
+            setattr(module, name, threading.RLock() if "CONFIG" in name else threading.Lock())
+    _renew_logging()
+
+
+def _leave_event_loop() -> None:
+    """Let the callable run an event loop of its own although the parent's was running at the fork."""
+    asyncio: Any = sys.modules.get("asyncio")
+    if not hasattr(asyncio, "_set_running_loop"):
+        return  # another thread was only importing it
+    loop = asyncio._get_running_loop()
+    if loop is not None:
+        task = asyncio.current_task(loop)
+        if task is not None:
+            asyncio.tasks._leave_task(loop, task)
+        asyncio._set_running_loop(None)
+
+
+def _leave_hub() -> None:
+    """Let the callable wait under gevent without running the parent's other greenlets."""
+    hub: Any = sys.modules.get("gevent.hub")
+    if hasattr(hub, "set_hub"):
+        hub.set_hub(None)
+
+
+# Large results are rebuilt with the garbage collector at rest, which would walk them again and again. The threshold
+# says that, not gc.disable: whether the collector is enabled is the user's, and the result may be what switches it.
+
+_rebuilding: set[int] = set()  # the calls that do
+_resting: dict[str, tuple[int, ...]] = {}  # the user's thresholds, while there are any such calls
+
+
+def _rest_collector(call: int) -> None:
+    _rebuilding.add(call)
+    # Asking and keeping is one step: another thread may be doing the same, or just be putting them back.
+    any(map(_resting.setdefault, ("thresholds",), itertools.starmap(gc.get_threshold, ((),))))
+    gc.set_threshold(0)
+
+
+def _wake_collector(call: int | None = None) -> None:
+    """End the rest for a call; without one, in a child that was forked while other threads were rebuilding."""
+    _rebuilding.intersection_update(() if call is None else _rebuilding - {call})
+    if _rebuilding or not _resting:
+        return
+    if gc.get_threshold()[0]:
+        _resting.clear()  # the result has set its own
+    else:
+        with contextlib.suppress(KeyError):  # another thread has just done it
+            any(itertools.starmap(gc.set_threshold, map(_resting.pop, ("thresholds",))))
+
+
+# --------------------------------------------------------------------------------------------------------- The child
+# Each object that the child touches costs it a page fault, since the reference count in it is written to, and so does
+# each cache that the parent did not fill: hence the local names, and what the parent prepares for the child.
+
+
+class _Child:
+    """What the child does between the fork and its exit. Signals are blocked except while the callable runs.
+
+    ``run`` and ``deliver`` are properties because C runs them, by asking whether the attribute is there: an exception
+    goes nowhere then. No signal handler can carry the child out into the caller's code.
+    """
+
+    pid = 0
+    failure: BaseException | None = None
+
+    def __init__(
+        self,
+        writer: _Writer,
+        mask: ctypes.Array[ctypes.c_char],
+        setup: list[Callable[[], None]],
+        teardown: list[Callable[[], None]],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.writer = writer
+        self.dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
+        self.life = writer.shared.header, writer.parent, mask, setup, teardown, function, args, kwargs
+
+    @property
+    def run(self) -> None:
         try:
-            with memoryview(data) as view:
-                written = 0
-                while written < view.nbytes:  # no more than 1 GiB at once: some systems refuse 2
-                    written += os.pwrite(self.open_bulk(), view[written : written + (1 << 30)], offset + written)
-        except Exception:
-            self.failed = True
-            raise
+            self.live()
+        except BaseException as error:  # signal handlers raised one after the other
+            self.failure = error
 
-    def open_bulk(self) -> int:
-        """The bulk's descriptor: the parent's, opened anew, for the callable may have closed or reused the child's."""
-        if self.own_bulk is None:
-            self.own_bulk = number = self.bulk[0]
-            # In the /proc of another pid namespace the parent's number would be somebody else's.
-            with contextlib.suppress(OSError):
-                if os.readlink("/proc/self") == str(_getpid()):
-                    with open(f"/proc/{self.parent}/fd/{number}", "r+b", buffering=0) as file:
-                        self.own_bulk = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
-            found = os.fstat(self.own_bulk)
-            if found.st_nlink or self.own_bulk == number and found.st_size:  # it has no name, and is still empty
-                raise OSError(errno.EBADF, "the callable closed the descriptor for large results")
-        return self.own_bulk
+    @property
+    def deliver(self) -> None:
+        """Deliver the last exception where signal handlers cut ``run`` short."""
+        sys.unraisablehook = _say_nothing  # from 3.13 on it is told of what a property raises
+        failure = self.failure or InterruptedError("signal handlers raised exceptions one after the other")
+        if _getpid() == self.pid and self.life[0][_PROGRESS] in (_RUNNING, _RETURNED):
+            _deliver_outcome(self, None, failure)
 
-    def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
-        """Set a large buffer aside, to be written as it is; true where it is small and goes with the rest."""
-        view = buffer.raw()
-        if view.nbytes < _OUT_OF_BAND:
-            return True
-        self.buffers.append(view)
-        return False
-
-    def deliver(self, kind: int) -> None:
-        """Write the buffers behind what was pickled, and fill in all of the header: the callable can have written there."""
-        count = 0
-        if self.buffers:
-            count = len(self.buffers)
-            lengths = [view.nbytes for view in self.buffers]
-            self.write(struct.pack(f"={count}Q", *lengths))
-            for offset, view in zip(_offsets(self.length if self.in_bulk else 0, lengths), self.buffers):
-                self.write_at(offset, view)
-        header = self.header
-        header[_KIND], header[_BUFFERS], header[_LENGTH], header[_IN_BULK] = kind, count, self.length, self.in_bulk
-        header[_PROGRESS] = _DELIVERED
-
-
-class _ExceptionPickler(pickle.Pickler):
-    """Pickles exceptions to be rebuilt without ``__init__``, which may want other arguments than ``args``."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        cls = type(obj)
-        if not isinstance(obj, BaseException) or cls in copyreg.dispatch_table:
-            return NotImplemented
-        if cls.__reduce__ is not _builtin_base(cls).__reduce__ or vars(object)["__reduce_ex__"] is not getattr(
-            cls, "__reduce_ex__", None
-        ):
-            return NotImplemented  # the class knows better
-        return _new_exception, (cls, obj.__reduce__()[1]), _exception_state(obj), None, None, _set_exception_state
-
-
-def _builtin_base(cls: Any) -> Any:
-    while cls.__flags__ & 1 << 9:  # Py_TPFLAGS_HEAPTYPE: made at run time
-        cls = cls.__base__  # not the MRO, which may begin with a class that has another layout in C
-    return cls
+    def live(self) -> None:
+        header, parent, mask, setup, teardown, function, args, kwargs = self.life
+        self.pid = pid = _getpid()
+        try:
+            if _libc_prctl is not None:
+                _libc_prctl(_PR_SET_PDEATHSIG, 9)
+                if _getppid() not in (parent, 0):  # it died before that; 0 stands for one in another namespace
+                    _libc_exit(1)
+            _set_wakeup_fd(-1)  # the parent's event loop listens there
+            for step in setup:
+                step()
+        except BaseException as error:
+            _deliver_failure(self.writer, _SETUP_FAILED, "the child could not be set up", error)
+            _libc_exit(1)
+        streams, recursion_limit = _streams(), _getrecursionlimit()
+        value = None
+        header[_PROGRESS] = _RUNNING
+        try:
+            try:
+                _libc_sigmask(_SIG_SETMASK, mask, None)
+                value = function(*args, **kwargs)
+            finally:
+                _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)
+        except BaseException as error:
+            self.failure = error
+            _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)  # a handler may have raised before the one above did it
+        if _getpid() != pid:
+            _libc_exit(0)  # a process that the callable forked came back out of it
+        header[_PROGRESS] = _RETURNED
+        # What the callable set must not disturb the rest.
+        if _gettrace() is not None:
+            sys.settrace(None)
+        if _getprofile() is not None:
+            sys.setprofile(None)
+        if _getrecursionlimit() < recursion_limit:
+            sys.setrecursionlimit(recursion_limit)
+        for step in teardown:
+            step()
+        _deliver_outcome(self, value, self.failure)
+        if _streams() != streams:
+            _flush(*_streams())
+        _flush(*streams)
+        _libc_exit(0)
 
 
-def _new_exception(cls: type, arguments: tuple[Any, ...]) -> BaseException:
-    base = _builtin_base(cls)
-    error: BaseException = base.__new__(cls, *arguments)
-    base.__init__(error, *arguments)  # fills in what the class keeps in C, such as OSError.errno
-    return error
+def _say_nothing(_: Any) -> None:
+    pass
 
 
-def _exception_state(error: BaseException) -> dict[str, Any]:
-    """All attributes, those in slots and in C included; but not AttributeError.obj, which can be anything."""
-    names = [name for cls in type(error).__mro__ for name, kind in vars(cls).items() if isinstance(kind, _SLOT_TYPES)]
-    state = {
-        name: getattr(error, name) for name in names if name[:2] != "__" and name != "obj" and hasattr(error, name)
-    }
-    return {**state, **vars(error), "args": error.args}
-
-
-def _set_exception_state(error: BaseException, state: dict[str, Any]) -> None:
-    for name, value in state.items():
-        if value is None and getattr(error, name, error) is None:
-            continue  # OSError shows a None that was set, and does not show one that was not
-        with contextlib.suppress(AttributeError, TypeError):  # some cannot be set: ExceptionGroup.message
-            object.__setattr__(error, name, value)  # the class's own may refuse, as a frozen dataclass does
-
-
-def _deliver_outcome(call: _Call, value: Any, failure: BaseException | None) -> None:
+def _deliver_outcome(child: _Child, value: Any, failure: BaseException | None) -> None:
+    writer = child.writer
     if failure is None:
-        sink = call.sink
         try:
             if type(value) is str and len(value) > _OUT_OF_BAND:
-                _dump_text(sink.write, value)
+                _dump_text(writer.write, value)
             else:
-                call.dump(value)
-            sink.deliver(_RESULT)
+                child.dump(value)
+            writer.deliver(_RESULT)
         except BaseException as error:
             what = f"its result, of type {type(value).__qualname__}, cannot be pickled (return plain data instead)"
-            _deliver_failure(call, _UNWRITTEN if sink.failed else _UNPICKLABLE, what, error)
+            _deliver_failure(writer, _UNWRITTEN if writer.failed else _UNPICKLABLE, what, error)
+        return
+    if isinstance(failure, _UnpicklableItem):
+        what = f"an item, of type {failure.args[0]}, cannot be pickled (yield plain data instead)"
+        _deliver_failure(writer, _UNPICKLABLE, what, failure.__cause__ or failure)
         return
     text = "an exception whose traceback cannot be shown"
     with contextlib.suppress(Exception):
-        failure.with_traceback(failure.__traceback__ and failure.__traceback__.tb_next)  # without this file's frame
+        failure.with_traceback(_below_the_call(failure.__traceback__))
         text = "".join(traceback.format_exception(type(failure), failure, failure.__traceback__))
     try:
         try:
-            _deliver_exception(call, _RAISED, text, failure, _exception_state(failure))
+            writer = _deliver_exception(writer, _RAISED, text, failure, _exception_state(failure))
         except Exception:  # the state may hold what the class itself knows not to pickle
-            _deliver_exception(call, _RAISED, text, failure, {})
+            writer = _deliver_exception(writer, _RAISED, text, failure, {})
     except BaseException as error:
         what = f"it raised {type(failure).__qualname__}, which cannot be pickled"
-        _deliver_failure(call, _UNWRITTEN if call.sink.failed else _UNPICKLABLE, what, error, text)
+        _deliver_failure(writer, _UNPICKLABLE, what, error, text)
+
+
+def _below_the_call(frames: types.TracebackType | None) -> types.TracebackType | None:
+    """Leave out the frames of this file that called the callable."""
+    callers = _Child.live.__code__, _ItemSender.send_all.__code__, _run_coroutine.__code__
+    while frames is not None and frames.tb_frame.f_code in callers:
+        frames = frames.tb_next
+    return frames
 
 
 def _dump_text(write: Callable[[bytes], None], text: str) -> None:
@@ -1046,256 +1225,837 @@ def _dump_text(write: Callable[[bytes], None], text: str) -> None:
     write(pickle.STOP)
 
 
-def _deliver_exception(call: _Call, kind: int, text: str, error: BaseException | None, state: dict[str, Any]) -> None:
-    sink = call.sink = _Sink(call)
-    pickler = _ExceptionPickler(sink, 5, buffer_callback=sink.keep_out_of_band)
-    pickler.dump(text)
-    pickler.dump((error, state))
-    sink.deliver(kind)
-
-
-def _deliver_failure(call: _Call, kind: int, what: str, error: BaseException, text: str = "") -> None:
-    """Deliver what went wrong in the child itself, with its cause if that can be pickled."""
-    if kind == _UNWRITTEN:
-        what, text = "its outcome could not be written", ""  # which fits into the region
-    message = f"{what}: {_say(error)}" + (text and f"\n{text}")
+def _deliver_exception(
+    writer: _Writer, kind: int, text: str, error: BaseException | None, state: dict[str, Any]
+) -> None:
+    """Deliver a text, and behind it an exception: so the text arrives whatever becomes of the exception."""
+    stream = writer.after()
+    pickler = _ExceptionPickler(stream, 5, buffer_callback=stream.keep_out_of_band)
     try:
-        _deliver_exception(call, kind, message, error, {})
-    except Exception:
-        _deliver_exception(call, kind, message, None, {})
+        pickler.dump(text)
+        pickler.dump((error, state))
+        stream.deliver(kind)
+    finally:
+        writer.failed |= stream.failed
+        writer.position = stream.position
 
 
-def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
-    """Where the buffers are in the bulk: behind its stream, each on pages of its own, so that it can be mapped."""
-    return itertools.accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
+def _deliver_failure(writer: _Writer, kind: int, what: str, error: BaseException, text: str = "") -> None:
+    """Deliver what went wrong in the child itself, with its cause if that can be pickled."""
+    message = f"{what}: {_say(error)}" + (text and f"\n{text}")
+    with contextlib.suppress(Exception):
+        if kind != _UNWRITTEN and not writer.failed:
+            try:
+                return _deliver_exception(writer, kind, message, error, {})
+            except Exception:
+                return _deliver_exception(writer, kind, message, None, {})
+    _deliver_last_words(writer.shared, f"its outcome could not be written: {_say(error)}", error)
 
 
-def _warm_up() -> None:
-    """Deliver a few times to nobody, so that children find the interpreter's caches filled.
+def _deliver_last_words(shared: _Shared, message: str, error: BaseException) -> None:
+    """Say what happened where the bulk cannot be written, in the place that was kept free for this."""
+    words = pickle.dumps(message[:1000]) + pickle.dumps((None, {}))
+    with contextlib.suppress(Exception):
+        told = pickle.dumps(message[:1000]) + pickle.dumps((error, {}))
+        words = told if len(told) <= _LAST_WORDS_SIZE else words
+    shared.last_words[: len(words)] = words
+    shared.header[_KIND], shared.header[_LENGTH] = _UNWRITTEN, len(words)
+    shared.header[_PROGRESS] = _DELIVERED
 
-    Each child would else fill them for itself, which costs a trivial call some 10 page faults.
+
+# ----------------------------------------------------------------------------------------- A crash or a hang tells where
+# The standard library's faulthandler writes the child's stack into the bulk, at the descriptor's position. It is
+# enabled in the parent just around the fork, since the child inherits it for nothing, and to enable it would cost it
+# dozens of page faults; but only where no signal of its is handled by anybody: a JVM lives by handlers of its own.
+
+_SignalAction = ctypes.c_char * 256  # struct sigaction has 152 bytes in glibc and musl; the handler comes first
+_FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+
+
+class _StackReports:
+    """Steps for the fork, so that the child can say where it crashed or hung, and nobody's handlers are touched."""
+
+    def __init__(self, bulk: int, mask: Any, with_timeout: bool) -> None:
+        self.before: list[functools.partial[Any]] = []
+        self.in_child: list[functools.partial[Any]] = []
+        self.after: list[functools.partial[Any]] = []
+        self.timeout_signal = 0  # what makes the child write its stack and end
+        if faulthandler is None:
+            return
+        try:
+            os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
+        except OSError:  # the file system knows no files as large as that
+            return
+        enable = functools.partial(faulthandler.enable, bulk, True, **_WITHOUT_C_STACK)
+        handled = [(number, action) for number, action in map(_action_of, _FAULTS) if _handler_of(action)]
+        if faulthandler.is_enabled():  # then this does no more than change the file
+            self.in_child.append(enable)
+        elif handled:
+            self.in_child.append(enable)
+            self.in_child += [functools.partial(_libc_sigaction, number, action, None) for number, action in handled]
+        else:
+            self.before.append(enable)
+            self.after.append(_DISABLE_REPORTS)
+        if with_timeout:
+            self.report_timeouts(bulk, mask)
+        if _libc_sigaltstack is not None and threading.get_ident() != threading.main_thread().ident:
+            # A handler for a stack overflow needs a stack of its own, which faulthandler gives to one thread only.
+            theirs = ctypes.create_string_buffer(3 * ctypes.sizeof(ctypes.c_void_p))
+            self.before.append(functools.partial(_libc_sigaltstack, _alternative_stack(), theirs))
+            self.after.insert(0, functools.partial(_libc_sigaltstack, theirs, None))
+
+    def report_timeouts(self, bulk: int, mask: Any) -> None:
+        for number in range(getattr(signal, "SIGRTMIN", 0), getattr(signal, "SIGRTMAX", -1) + 1):
+            if not _handler_of(_action_of(number)[1]) and not _libc_quick.sigismember(mask, number):
+                self.timeout_signal = number
+                self.before.append(functools.partial(faulthandler.register, number, bulk, True, True))
+                self.after.append(functools.partial(faulthandler.unregister, number))
+                return
+
+
+_WITHOUT_C_STACK: dict[str, Any] = {"c_stack": False} if sys.version_info >= (3, 14) else {}  # it allocates memory
+_DISABLE_REPORTS = functools.partial(faulthandler.disable) if faulthandler is not None else functools.partial(bool)
+
+
+@functools.lru_cache(maxsize=None)
+def _alternative_stack() -> Any:
+    """A stack_t for handlers, made once: address, flags, size."""
+    size = 1 << 17
+    memory = _libc_mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    return ctypes.create_string_buffer(struct.pack("@PiN", memory, 0, size))
+
+
+def _action_of(number: int) -> tuple[int, Any]:
+    """What libc knows of a signal's handler: ``signal.getsignal`` does not see those of C."""
+    action = _SignalAction()
+    _libc_sigaction(int(number), None, action)
+    return int(number), action
+
+
+def _handler_of(action: Any) -> int:
+    """The address of a handler, 0 for the default action, 1 where the signal is ignored."""
+    return ctypes.c_void_p.from_buffer(action).value or 0
+
+
+def _is_of_this_file(name: str, line: int) -> bool:
+    return name == _run.__code__.co_filename and line < _tour.__code__.co_firstlineno  # whose functions are users
+
+
+def _read_report(bulk: int) -> tuple[str, str]:
+    """What the child wrote of its stack: in few words, for a message, and whole. Frames of this file are left out."""
+    dump = os.pread(bulk, 1 << 18, _REPORT_AT).decode("ascii", "backslashreplace")
+    blocks: list[str] = []
+    where: list[tuple[str, str, int]] = []
+    start = dump.rfind("Fatal Python error")
+    for block in re.split(r"\n(?=(?:Current thread|Thread) )", "\n" + dump[max(start, 0) :]):
+        head, *lines = block.strip("\n").splitlines() or [""]
+        if not head.startswith(("Thread", "Current thread")):
+            blocks += [head] if head else []
+            continue
+        frames = []
+        for line in lines:
+            found = _FRAME.match(line)
+            if found is None or _is_of_this_file(found[1], int(found[2])):
+                break
+            frames.append(traceback.FrameSummary(found[1], int(found[2]), found[3]))
+        if head.startswith("Current"):
+            where = [(frame.name, frame.filename, frame.lineno or 0) for frame in frames]
+        shown = "".join(traceback.StackSummary.from_list(frames[::-1]).format())
+        blocks.append(head.replace("first", "last") + "\n" + (shown or "  (no Python frame)\n"))
+    return _in_few_words(where), "\n".join(blocks)
+
+
+def _in_few_words(frames: list[tuple[str, str, int]]) -> str:
+    """Name the innermost line, and the one in another file that led there."""
+
+    def say(frame: tuple[str, str, int]) -> str:
+        parts = frame[1].split("/")
+        short = "/".join(parts[-2:] if parts[-1] == "__init__.py" else parts[-1:])
+        return f"{frame[0]} ({short}:{frame[2]})"
+
+    if not frames:
+        return ""
+    callers = [frame for frame in frames if frame[1] != frames[0][1]]
+    return f" in {say(frames[0])}" + (f", called from {say(callers[0])}" if callers else "")
+
+
+# -------------------------------------------------------------------------------- The child process, as its parent sees it
+
+
+class _Process:
+    """A child from fork to reaping."""
+
+    gone = expired = killed = False
+    wait_error: BaseException | None = None
+    _usage: Any = None
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
+        self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
+        self.status = ctypes.c_int(-1)
+        self.usage = (ctypes.c_long * 32)()  # struct rusage
+
+    @property
+    def pid(self) -> int:
+        return self.pids[0] if self.pids else -1
+
+    def fork(self, child: _Child, mask: Any, reports: _StackReports, threads: bool) -> None:
+        """Fork; the child runs ``child`` and exits.
+
+        All of it is one step of C: the parent's part ends at the first call that returns something true, which is
+        fork, with the pid; in the child fork returns 0, and the list goes on to its own end. So the pid cannot be
+        lost, the signal mask is put back, and the child cannot get out into the caller's code.
+        The child must not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
+        thread that it does not have. Freezing comes first, since any allocation may set off a collection: the
+        parent's garbage is never finalised a second time, and the pages of its heap stay shared.
+        """
+        step = functools.partial
+        before = [step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)]
+        in_child = [step(gc.freeze)]
+        after = [step(_libc_sigmask, _SIG_SETMASK, mask, None)]
+        if threads:
+            before.append(step(_imp.acquire_lock))  # the repair makes it anew
+            in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]  # type: ignore
+            after.insert(0, step(_imp.release_lock))
+        life = [step(_has_attribute, child, "run"), step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, None)]
+        life += [step(_has_attribute, child, "deliver")] * 3
+        steps = [*before, *reports.before, step(_libc_fork), *in_child, *reports.in_child, *life, step(_libc_exit, 1)]
+        # The steps stay alive until the child is gone: to free them would copy the pages that they share.
+        after = reports.after + after
+        self.steps = steps, after
+        call = step.__call__
+        try:
+            self.pids.extend(itertools.chain(itertools.islice(filter(None, map(call, steps)), 1), map(call, after)))
+        finally:
+            if not self.pids:  # a step before the fork raised
+                any(map(call, after))
+        if self.pid < 0:
+            cause = _os_error()
+            raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
+        self.watch_end()
+
+    def watch_end(self) -> None:
+        with _tolerating(OSError):  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
+            if _pidfd_open:
+                _keep(self.watch, _pidfd_open, self.pid, 0)
+                if self.watch[0] < 0:
+                    self.watch.clear()
+            elif not _LINUX and hasattr(select, "kqueue"):  # macOS and the BSDs
+                with contextlib.closing(select.kqueue()) as queue:
+                    flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
+                    queue.control([select.kevent(self.pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT)], 0)
+                    _keep(self.watch, os.dup, queue.fileno())
+
+    def offer_to_the_kernel(self) -> None:
+        """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
+        if not _LINUX or _handler_of(_action_of(signal.SIGCHLD)[1]) == 1:  # ignored: the pid may be another's by now
+            return
+        opened: list[int] = []
+        try:
+            _keep(opened, _libc_quick.open, b"/proc/%d/oom_score_adj" % self.pid, os.O_RDWR | os.O_CLOEXEC)
+            score = ctypes.create_string_buffer(16)
+            if opened[0] >= 0 and _libc_quick.read(opened[0], score, 15) > 0:
+                score.value = b"%d" % min(int(score.value) + 300, 1000)
+                _libc_quick.write(opened[0], score, len(score.value))
+        finally:
+            _drain(opened, _libc_close)
+
+    def reap(self, options: int = os.WNOHANG) -> bool:
+        """Look whether the child is gone, or, with 0, wait until it is."""
+        wait4 = _libc_wait4_nohang if options else _libc_wait4
+        while not self.gone:
+            pid = wait4(self.pid, ctypes.byref(self.status), options, self.usage)
+            if pid > 0 and os.WIFSTOPPED(self.status.value):  # it asked to be traced, and would wait for ever
+                self.send(signal.SIGKILL)
+            elif pid > 0:
+                self.gone = True
+            elif pid == 0:
+                return False
+            elif options == 0:
+                # EINTR, or a code that a signal handler has replaced by one of its own: a look tells.
+                if self.reap():
+                    return True
+            elif ctypes.get_errno() != errno.EINTR:
+                self.wait_error = _os_error()  # ECHILD: somebody else reaped it, or SIGCHLD is ignored
+                self.gone = True
+        return True
+
+    def send(self, number: int) -> None:
+        """Send a signal; raise where that is forbidden."""
+        # By pidfd, where there is one: it cannot hit a process that got the pid after somebody reaped ours.
+        try:
+            if self.watch and _pidfd_send_signal:
+                return _pidfd_send_signal(self.watch[0], number)
+        except ProcessLookupError:
+            return
+        except OSError as error:  # a sandbox that does not know it
+            if _from_a_signal_handler(error):
+                raise
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill and reap; a child that may not be killed is given up."""
+        if self.reap():
+            return
+        self.killed = True
+        try:
+            self.send(signal.SIGKILL)
+        except BaseException as error:
+            if not _from_a_signal_handler(error):
+                self.wait_error, self.gone = error, True
+            if not isinstance(error, PermissionError):  # it has become another user's
+                raise
+        self.reap(0)
+
+    def end(self) -> None:
+        """Leave nothing of it behind; a second call goes on where the first was cut short."""
+        if self.pid > 0 and not self.gone:
+            self.kill()
+        _drain(self.watch, _libc_close)
+
+    def costs(self) -> dict[str, Any]:
+        """What the child used, as the attributes of an error."""
+        costs: dict[str, Any] = {"pid": self.pid if self.pid > 0 else None, "peak_memory": None, "cpu_time": None}
+        if self.gone and self.wait_error is None and self.pid > 0 and _USAGE_IS_KNOWN:
+            user, user_us, system, system_us, peak = self.usage[:5]
+            micro = (user_us & 0xFFFFFFFF) + (system_us & 0xFFFFFFFF)  # of macOS, whose upper half is anything
+            costs.update(peak_memory=peak * _PEAK_UNIT, cpu_time=user + system + micro / 1e6)
+        return costs
+
+
+# ---------------------------------------------------------------------------------------------------------- The call
+
+_in_flight: dict[int, _Shared] = {}  # of all calls: a child closes those of others
+
+
+class _Call:
+    """One isolated call: ``start`` it, wait while it ``looks`` at the child, take its ``outcome``.
+
+    As a context manager it gives back all that it holds, however the call went. A signal handler may raise on the
+    way into an exit, so a call is entered three times: ``with call, call, call``.
     """
-    call = _Call(_warm_up)
-    call.header = memoryview(bytearray(_HEADER_SIZE)).cast("Q")
-    call.region = memoryview(bytearray(_REGION_SIZE))
-    for _ in range(16):
-        call.prepare()
-        _deliver_outcome(call, None, None)
+
+    ended = False
+    memory = 0
+    rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
+    taken = 0  # bytes of a generator's items
+    received = 0  # bytes of the result
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        timeout: float | None = None,
+        memory_limit: int | None = None,
+        sends: str = "",
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"expected a callable, not {type(function).__name__}")
+        _need_frames(16)
+        self.function, self.timeout, self.memory_limit = function, timeout, memory_limit
+        self.sends = sends  # the method of _ItemSender by which a generator function runs
+        self.parent = _getpid()
+        self.shared = _Shared()
+        self.process = _Process()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        if _getpid() != self.parent:
+            raise RuntimeError("this iterator belongs to the process that made it")
+        self.started = _clock()
+        self.deadline = math.inf if self.timeout is None else self.started + self.timeout
+
+    # -- starting
+
+    def start(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None
+    ) -> None:
+        """Fork; the child calls the function, or ``run`` with the function as its first argument."""
+        flushed = _flush(*_streams())  # or the child would print again what waits in them
+        if _IN_SUBINTERPRETER:
+            raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
+        if self.memory_limit is not None:
+            self.memory = _data_size() + self.memory_limit
+        shared = self.shared
+        try:
+            _in_flight[id(self)] = shared
+            shared.make(bool(self.sends))
+        except (OSError, MemoryError) as error:
+            if _from_a_signal_handler(error):
+                raise
+            raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
+        writer = _Writer(shared, self.parent)
+        function = self.function
+        if self.sends:
+            run = getattr(_ItemSender(writer), self.sends)
+        if run is not None:
+            function, args = run, (function, *args)
+        mask = _SignalSet()
+        _libc_sigmask(_SIG_BLOCK, None, mask)
+        self.reports = _StackReports(shared.bulk[0], mask, self.timeout is not None)
+        threads = _other_threads()  # as late as can be, since threads of C may come at any moment
+        _refuse_unsafe_fork(threads)
+        setup, teardown = self.child_setup(threads, flushed)
+        child = _Child(writer, mask, setup, teardown, function, args, kwargs)
+        self.process.fork(child, mask, self.reports, threads)
+        if _MADV_DONTFORK and (threads or run is not None):
+            # A later child, forked while this one runs, does not get this region to scribble on.
+            _libc_madvise_quick(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
+        self.process.offer_to_the_kernel()
+        self.looks = self.look_at_intervals()
+
+    def child_setup(self, threads: bool, flushed: bool) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        """What the child has to do before it calls the function, and after, besides what every child has to."""
+        setup: list[Callable[[], None]] = []
+        teardown: list[Callable[[], None]] = []
+        if threads:
+            setup.append(functools.partial(_renew, list(_child_hooks or ())))
+        if threads or not flushed:
+            setup.append(_renew_streams)
+        if len(_in_flight) > 1:
+            setup.append(functools.partial(_close_others, self.shared))
+        if _rebuilding:
+            setup.append(_wake_collector)
+        if "asyncio" in sys.modules:
+            setup.append(_leave_event_loop)
+        if "gevent" in sys.modules:
+            setup.append(_leave_hub)
+        if self.memory_limit is not None:
+            limits = resource.getrlimit(resource.RLIMIT_DATA)
+            setup.append(functools.partial(_limit_memory, self.memory, limits))
+            teardown.append(functools.partial(_lift_memory_limit, limits))
+        return setup, teardown
+
+    # -- waiting
+
+    def look_at_intervals(self) -> Iterator[float]:
+        """Look at the child and yield the seconds until the next look, until it is gone; at the deadline, kill it.
+
+        Where the end of the child wakes us, it is a second: a signal that comes just before the sleep does not end
+        it, and its handler, which may raise, is to run soon all the same.
+        """
+        process = self.process
+        looks = 0
+        while not process.reap():
+            left = self.deadline - _clock()
+            if left > 0:
+                longest = 1.0 if process.watch else 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
+                yield min(longest, left)
+            elif not process.expired and self.reports.timeout_signal:
+                process.expired = True
+                self.deadline = _clock() + 0.1  # time for the child to say where it is
+                with _tolerating(PermissionError):
+                    process.send(self.reports.timeout_signal)
+            else:
+                process.expired = True
+                process.kill()
+            looks += 1
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until the child ends or publishes something, but no longer than this."""
+        process, shared = self.process, self.shared
+        poll = getattr(select, "poll", None)  # eventlet takes it away
+        if poll is None:
+            time.sleep(min(seconds, 0.01))
+        elif not process.watch and self.timeout is None and not self.sends:
+            process.reap(0)
+        else:
+            poller = poll()
+            for descriptor in (*process.watch, *shared.counter[:1]):
+                poller.register(descriptor, select.POLLIN)
+            if not any(descriptor in shared.counter for descriptor, _ in poller.poll(seconds * 1000)):
+                return
+        if shared.counter:
+            shared.read_counter()
+
+    async def sleep_async(self, seconds: float) -> None:
+        """Sleep likewise, while the event loop goes on; what is published is waited for by generators only."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        descriptors = self.process.watch + (self.shared.counter[:1] if self.sends else [])
+        if not self.process.watch:
+            seconds = min(seconds, 0.02)
+        woken = loop.create_future()
+        try:
+            for descriptor in descriptors:
+                loop.add_reader(descriptor, _wake, woken)
+            await asyncio.wait([woken], timeout=seconds)
+        finally:
+            for descriptor in descriptors:
+                loop.remove_reader(descriptor)
+        if self.sends:
+            self.shared.read_counter()
+
+    # -- reading
+
+    def read_along(self) -> None:
+        """Rebuild the result while the child writes it; what the child says in the end counts, not what was rebuilt."""
+        if not self.shared.published or self.rebuilt is not None or self.sends:
+            return
+        _rest_collector(id(self))
+        reader = _Reader(self.shared, 0, self.more)
+        try:
+            self.rebuilt = [reader.unpickler(self.wait_for_buffers(reader)).load()]
+        except _Abandoned:
+            self.rebuilt = []
+        except Exception as error:
+            if _from_a_signal_handler(error):
+                raise
+            self.rebuilt = error
+
+    def more(self, position: int) -> int:
+        """Wait until the stream goes on behind a position; return up to where, or that position itself at its end."""
+        shared = self.shared
+        while _REGION_SIZE + shared.published <= position:
+            seconds = next(self.looks, None)
+            if seconds is None:
+                return max(self.wait_for_end()[1], position)
+            self.sleep(seconds)
+        return _REGION_SIZE + shared.published
+
+    def wait_for_buffers(self, reader: _Reader) -> Iterator[Any]:
+        yield from reader.take_buffers(*self.wait_for_end())
+
+    def wait_for_end(self) -> tuple[int, int]:
+        """Wait until the child is gone; return how many buffers its result has, and where the stream ends."""
+        for seconds in self.looks:
+            self.sleep(seconds)
+        progress, kind, count, start, length = self.shared.header.tolist()
+        if (progress, kind) != (_DELIVERED, _RESULT):
+            raise _Abandoned
+        return count, start + length
+
+    def items(self) -> Iterator[Any]:
+        """Rebuild the items that a generator has published, each when it is asked for."""
+        shared = self.shared
+        while self.taken < shared.published:
+            offset = self.taken
+            chunk = memoryview(os.pread(shared.bulk[0], min(shared.published - offset, 1 << 18), offset))
+            used = 0
+            while used + _ITEM.size <= len(chunk):
+                length, count = _ITEM.unpack_from(chunk, used)
+                start, end = used + _ITEM.size, used + _ITEM.size + length
+                if count or end > len(chunk):
+                    break
+                self.taken = offset + end
+                item = self.rebuild(pickle.loads, chunk[start:end])
+                used = end
+                yield item
+                self.restart_clock()
+            if not used:
+                item = self.rebuild(self.load_item, offset)
+                yield item
+                self.restart_clock()
+            self.give_room(offset)
+
+    def rebuild(self, load: Callable[[Any], Any], source: Any) -> Any:
+        try:
+            return load(source)
+        except Exception as error:
+            if _from_a_signal_handler(error):
+                raise
+            message = f"{_name(self.function)} yielded an item, but rebuilding it raised {_say(error)}"
+            raise self.error(DeserializationError, message) from error
+
+    def load_item(self, offset: int) -> Any:
+        """Rebuild an item that has buffers, or that is large."""
+        length, count = _ITEM.unpack(os.pread(self.shared.bulk[0], _ITEM.size, offset))
+        start = _REGION_SIZE + offset + _ITEM.size
+        end = start + length
+        reader = _Reader(self.shared, start, lambda position: max(end, position))
+        table = memoryview(bytearray(8 * count))
+        _read_stream(self.shared, end - len(table), table)
+        large = [size for size in table.cast("Q").tolist() if size >= _OUT_OF_BAND]
+        self.taken = list(_offsets(end - _REGION_SIZE, large))[-1] if large else end - _REGION_SIZE
+        return reader.unpickler(reader.take_buffers(count, end, alone=False)).load()
+
+    def give_room(self, since: int) -> None:
+        """Let the child go on, and give back the memory of what was taken."""
+        os.write(self.shared.room[-1], struct.pack("=Q", self.taken - since))
+        self.shared.free(self.taken)
+
+    def error(self, kind: type[MemIsolateError], message: str, **details: object) -> MemIsolateError:
+        return kind(message, **details, **self.process.costs())
+
+    # -- giving back
+
+    def __enter__(self) -> _Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ended or _getpid() != self.parent:  # a child has no business with its parent's other calls
+            return
+        try:
+            self.process.end()
+        finally:
+            _wake_collector(id(self))
+            self.shared.release()
+            _in_flight.pop(id(self), None)
+        self.rebuilt = None
+        self.ended = True
 
 
-# -------------------------------------------------------------------------------------------------------- The parent
+def _wake(woken: Any) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+def _need_frames(count: int) -> None:
+    """Raise RecursionError while nothing is held yet, if what follows would meet the recursion limit half-way."""
+    if count:
+        _need_frames(count - 1)
+
+
+def _refuse_unsafe_fork(threads: bool) -> None:
+    if _newest_interpreter() not in (_MAIN_INTERPRETER, None):
+        raise ForkError("a process that has a subinterpreter cannot be forked safely; close it first")
+    if threads and _FREE_THREADED:
+        raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
+    if threads and _missing_parts:
+        missing = ", ".join(_missing_parts)
+        raise ForkError(f"this Python cannot be forked safely while it has more than one thread: it lacks {missing}")
+
+
+def _close_others(own: _Shared) -> None:
+    """Close what belongs to other threads' calls, or this child would keep the memory of their results."""
+    for shared in list(_in_flight.values()):
+        if shared is not own:
+            shared.close_descriptors()
+
+
+def _data_size() -> int:
+    """The private memory of this process, in bytes."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
+    except (OSError, StopIteration) as error:
+        if _from_a_signal_handler(error):
+            raise
+        raise NotImplementedError(f"memory_limit needs /proc, to know what the process has already: {error}") from error
+
+
+def _limit_memory(most: int, limits: tuple[int, int]) -> None:
+    soft, hard = limits
+    limit = min(limit for limit in (most, soft, hard, sys.maxsize) if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    if resource.getrlimit(resource.RLIMIT_DATA)[0] != limit:  # qemu-user, some sandboxes
+        raise NotImplementedError("this system does not enforce RLIMIT_DATA, which memory_limit needs")
+
+
+def _lift_memory_limit(limits: tuple[int, int]) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the callable lowered the hard limit
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+# ------------------------------------------------------------------------------------------ The outcome, in the parent
 
 
 def _outcome(call: _Call) -> Any:
     """Return or raise what the child delivered, or say what became of it."""
-    progress, kind, count, length, in_bulk = call.header.tolist()
+    __tracebackhide__ = True
+    progress, kind, count, start, length = call.shared.header.tolist()
     if progress != _DELIVERED:
         raise _failure(call, progress)
+    if kind != _RESULT:
+        return _raise_delivered(call, kind, count, start, start + length)
+    call.received = length
     try:
-        if kind == _RESULT and not count and not in_bulk:
-            call.received = length
-            return pickle.loads(call.region[:length])
-        _receive(call, count, length, bool(in_bulk))
-        unpickler = pickle.Unpickler(call.stream, buffers=call.buffers)
-        first = unpickler.load()  # the result; of all else a text, so that this arrives whatever comes next
+        if isinstance(call.rebuilt, list):
+            return call.rebuilt.pop()
+        if call.rebuilt is not None:
+            raise call.rebuilt
+        if not count and start + length <= _REGION_SIZE:
+            return pickle.loads(call.shared.region[start : start + length])
+        _rest_collector(id(call))
+        reader = _Reader(call.shared, start, lambda position: max(start + length, position))
+        return reader.unpickler(reader.take_buffers(count, start + length)).load()
     except Exception as error:
-        if _came_from_a_signal_handler(error):
+        if _from_a_signal_handler(error):
             raise
         message = f"{_name(call.function)} returned, but rebuilding its result raised {_say(error)}"
-        raise DeserializationError(message) from error
-    if kind == _RESULT:
-        return first
+        raise call.error(DeserializationError, message) from error
+
+
+def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -> NoReturn:
+    """Raise what the callable raised, or what went wrong in the child; both are a text and an exception behind it."""
+    __tracebackhide__ = True
     name = _name(call.function)
-    second: Any = None
-    state: Any = None
+    text, error, state = "", None, {}
     try:
-        second, state = unpickler.load()
-        if kind == _RAISED and not isinstance(second, BaseException):
-            raise TypeError(f"it unpickles to {type(second).__qualname__}")
-        _set_exception_state(second, state)
-    except Exception as error:
-        if _came_from_a_signal_handler(error):
+        if kind == _UNWRITTEN:
+            unpickler = pickle.Unpickler(io.BytesIO(call.shared.last_words[: end - start]))
+        else:
+            reader = _Reader(call.shared, start, lambda position: max(end, position))
+            unpickler = reader.unpickler(reader.take_buffers(count, end))
+        text = unpickler.load()
+        error, state = unpickler.load()
+        if kind == _RAISED and not isinstance(error, BaseException):
+            raise TypeError(f"it unpickles to {type(error).__qualname__}")
+        _set_exception_state(error, state)
+    except Exception as failed:
+        if _from_a_signal_handler(failed):
             raise
         if kind == _RAISED:
-            message = f"{name} raised an exception that does not unpickle ({_say(error)}):\n{first}"
-            raise SerializationError(message) from error
-        second = None
-    if kind == _RAISED:
-        try:
-            raise second from _ChildTraceback(first)
-        finally:
-            del second, state, unpickler  # which refer to this frame, through a traceback
+            message = f"{name} raised an exception that does not unpickle ({_say(failed)}):\n{text}"
+            raise call.error(SerializationError, message) from failed
+        error = None
+    unpickler = None
     failures = {_UNPICKLABLE: SerializationError, _UNWRITTEN: ResultDeliveryError, _SETUP_FAILED: ChildSetupError}
-    raise failures.get(kind, DeserializationError)(f"{name}: {first}") from second
+    try:
+        if kind == _RAISED:
+            raise error from _ChildTraceback(text)  # type: ignore[misc]
+        raise call.error(failures.get(kind, DeserializationError), f"{name}: {text}") from error
+    finally:
+        del error, state  # which refer to this frame, through a traceback
 
 
 def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
-    name = _name(call.function)
-    if call.expired:
-        killed = "was killed" if call.wait_error is None else f"cannot be killed ({call.wait_error})"
-        message = (
-            f"{name} did not end within {call.timeout:g} s, and {killed}; allow more time, or retry if it may run twice"
-        )
-        return CallableTimeoutError(message, timeout=call.timeout)
+    name, process, status = _name(call.function), call.process, call.process.status.value
+    where = report = ""
     details: dict[str, Any] = {}
-    status = call.status.value
-    if call.wait_error is not None:
-        ending = f"its end cannot be learnt ({call.wait_error})"
-    elif os.WIFSIGNALED(status):
+    if process.wait_error is None and os.WIFSIGNALED(status):
         details["signal"] = number = os.WTERMSIG(status)
         with contextlib.suppress(ValueError):  # a real-time signal has no name
-            details["signal"] = signal.Signals(number)
-        ending = f"it was killed by {getattr(details['signal'], 'name', f'signal {number}')}"
+            details["signal"] = Signals(number)
+    if details.get("signal") in _FAULTS or process.expired:
+        with _tolerating(OSError, ValueError):
+            where, report = _read_report(call.shared.bulk[0])
+    if process.expired:
+        cannot = process.killed and process.wait_error is not None and not _is_gone(process.wait_error)
+        killed = f"cannot be killed ({process.wait_error})" if cannot else "was killed"
+        message = f"{name} did not end within {call.timeout:g} s, and {killed}{where}; allow more time, or retry if it may run twice"
+        error = call.error(CallableTimeoutError, message, timeout=call.timeout)
     else:
-        details["exit_status"] = os.WEXITSTATUS(status)
-        ending = f"it ended with status {details['exit_status']}"
-    if progress == _NOT_STARTED:
-        error: MemIsolateError = ChildSetupError(
-            f"the child did not reach {name}: {ending}; it is safe to retry", **details
-        )
-    elif progress == _RETURNED:
-        error = ResultDeliveryError(f"{name} ended, but the child did not deliver its outcome: {ending}", **details)
-    else:
-        message = f"the child did not survive {name}: {ending}; retry only if it may run twice"
-        if call.wait_error is not None:
-            error = WaitError(message)
-        else:
-            error = (KilledBySignalError if "signal" in details else UnexpectedExitStatusError)(message, **details)
-    error.__cause__ = call.wait_error
+        error = _ending(call, progress, details, where)
+    error.__cause__ = _ChildTraceback(report) if report else process.wait_error
     return error
 
 
-def _receive(call: _Call, count: int, length: int, in_bulk: bool) -> None:
-    """Open the stream, and take the buffers behind it, each in memory of its own that nobody else can change.
-
-    The largest piece of the bulk stays where it is: if a buffer, it is mapped; if the stream, it is read from there.
-    All else moves to ordinary memory and is cut out of the bulk, so that no piece keeps another one's memory.
-    """
-    bulk, table = call.bulk[0], 8 * count
-    packed = os.pread(bulk, table, length - table) if in_bulk else call.region[length - table : length]
-    lengths = [length if in_bulk else 0, *struct.unpack(f"={count}Q", packed)]
-    call.received = length - table + sum(lengths[1:])
-    pieces = list(zip([0, *_offsets(lengths[0], lengths[1:])], lengths))
-    largest = lengths.index(max(lengths))
-    memory: list[Any] = [_read(bulk, *piece) if i != largest else None for i, piece in enumerate(pieces)]
-    if largest > 0 and lengths[largest] >= _MAPPED:
-        memory[largest] = _map_alone(bulk, *pieces[largest])
-    elif in_bulk and largest == 0 and _seal(bulk):
-        try:  # opened anew: a process left behind may move the descriptor's position
-            call.buffers, call.stream = memory[1:], open(f"/proc/self/fd/{bulk}", "rb", buffering=1 << 18)
-            return
-        except OSError as error:  # there is no /proc
-            if _came_from_a_signal_handler(error):
-                raise
-    if memory[largest] is None:
-        memory[largest] = _read(bulk, *pieces[largest])
-    call.buffers, call.stream = memory[1:], io.BytesIO(memory[0] if in_bulk else call.region[:length])
+def _is_gone(error: BaseException) -> bool:
+    return isinstance(error, ChildProcessError)
 
 
-def _seal(bulk: int) -> bool:
-    """Make the bulk unchangeable; False where the system cannot, or somebody has it mapped for writing.
-
-    A process that the callable left behind may hold its descriptor, and could change a result while it is in use here.
-    """
-    sealed: bool = _libc_quick.fcntl(bulk, _F_ADD_SEALS, _F_SEAL_EVERYTHING) == 0
-    return sealed
-
-
-def _read(bulk: int, offset: int, length: int) -> memoryview:
-    """A piece of the bulk, in fresh memory."""
-    view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE) if length else b"")
-    done = 0
-    while done < length:
-        count = os.preadv(bulk, [view[done : done + (1 << 30)]], offset + done)  # one call reads 2 GiB at most
-        if count == 0:
-            raise EOFError("the result was cut short")
-        done += count
-    return view
-
-
-def _map_alone(bulk: int, offset: int, length: int) -> memoryview | None:
-    """Map a piece of the bulk privately and free the rest of it; None where it cannot be sealed for that."""
-    if _libc_fallocate is None:
-        return None
-    end = offset + -(-length // _PAGE) * _PAGE
-    for start, size in ((0, offset), (end, os.fstat(bulk).st_size - end)):
-        if size > 0:
-            mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-            _libc_fallocate(bulk, mode, ctypes.c_long(start), ctypes.c_long(size))
-    if not _seal(bulk):
-        return None
-    if os.fstat(bulk).st_size < offset + length:
-        raise EOFError("the result was cut short")
-    # An mmap object of Python's would hold a duplicate of the descriptor as long as the result lives. So it makes an
-    # anonymous mapping, which has none, and libc maps the file in its place.
-    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    writable = mmap.PROT_READ | mmap.PROT_WRITE
-    if _libc_mmap(address, length, writable, mmap.MAP_PRIVATE | _MAP_FIXED, bulk, offset) != address:
-        raise OSError(ctypes.get_errno(), "the result could not be mapped")
-    return memoryview(memory)
+def _ending(call: _Call, progress: int, details: dict[str, Any], where: str) -> MemIsolateError:
+    name, process = _name(call.function), call.process
+    number = details.get("signal")
+    if process.wait_error is not None:
+        ending = f"its end cannot be learnt ({process.wait_error})"
+    elif number is not None:
+        ending = f"it was killed by {getattr(number, 'name', f'signal {number}')}{where}"
+        peak = process.costs()["peak_memory"]
+        if number == signal.SIGKILL and not process.killed:
+            ending += ", most likely by the kernel because memory ran out, the machine's or a container's"
+            ending += f" (its peak was {peak / 2**20:.0f} MiB)" if peak else ""
+    else:
+        details["exit_status"] = os.WEXITSTATUS(process.status.value)
+        ending = f"it ended with status {details['exit_status']}"
+    if progress == _NOT_STARTED:
+        message = f"the child did not reach {name}: {ending}; it is safe to retry"
+        return call.error(ChildSetupError, message, **details)
+    if progress == _RETURNED:
+        message = f"{name} ended, but the child did not deliver its outcome: {ending}"
+        return call.error(ResultDeliveryError, message, **details)
+    kind: type[MemIsolateError] = WaitError
+    if process.wait_error is None:
+        kind = UnexpectedExitStatusError if number is None else KilledBySignalError
+    return call.error(kind, f"the child did not survive {name}: {ending}; retry only if it may run twice", **details)
 
 
-# The two tries are written out in both: a signal handler may raise on the way into _finish, for which is the second.
+# The drivers. A call is entered three times since a signal handler may raise on the way into an exit.
 
 
 def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    __tracebackhide__ = True
     try:
-        call.start(args, kwargs)
-        call.wait()
-        return _outcome(call)
+        with call, call, call:
+            call.start(args, kwargs)
+            for seconds in call.looks:
+                call.sleep(seconds)
+                call.read_along()
+            return _outcome(call)
     finally:
-        try:
-            _finish(call)
-        finally:
-            if not call.ended:  # a signal handler raised on the way into it
-                _finish(call)
         if _logger.isEnabledFor(logging.DEBUG):
             _log(call)
 
 
 async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    __tracebackhide__ = True
+    _need_loop()
     try:
-        call.start((call.function, *args), kwargs, run=_run_coroutine)
-        await call.wait_async()
-        return _outcome(call)
+        with call, call, call:
+            call.start(args, kwargs, run=_run_coroutine)
+            for seconds in call.looks:
+                await call.sleep_async(seconds)
+            return _outcome(call)
     finally:
-        try:
-            _finish(call)
-        finally:
-            if not call.ended:  # a signal handler raised on the way into it
-                _finish(call)
         if _logger.isEnabledFor(logging.DEBUG):
             _log(call)
+
+
+def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    __tracebackhide__ = True
+    try:
+        with call, call, call:
+            call.restart_clock()
+            call.start(args, kwargs)
+            for seconds in call.looks:
+                call.sleep(seconds)
+                yield from call.items()
+            call.shared.read_counter()
+            yield from call.items()
+            return _outcome(call)
+    finally:
+        if _logger.isEnabledFor(logging.DEBUG):
+            _log(call)
+
+
+async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncIterator[Any]:
+    __tracebackhide__ = True
+    _need_loop()
+    try:
+        with call, call, call:
+            call.restart_clock()
+            call.start(args, kwargs)
+            for seconds in call.looks:
+                await call.sleep_async(seconds)
+                for item in call.items():
+                    yield item
+            call.shared.read_counter()
+            for item in call.items():
+                yield item
+            _outcome(call)
+    finally:
+        if _logger.isEnabledFor(logging.DEBUG):
+            _log(call)
+
+
+def _need_loop() -> None:
+    import asyncio
+
+    asyncio.get_running_loop()  # raises RuntimeError outside of one: before anything is started
+
+
+def _run_coroutine(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call a function in the child and, if it is an ``async def`` one, run what it returns in a fresh event loop."""
+    value = function(*args, **kwargs)
+    if not isinstance(value, collections.abc.Coroutine):
+        return value
+    import asyncio
+
+    return asyncio.run(value)
 
 
 def _log(call: _Call) -> None:
     error = sys.exc_info()[0]
     outcome = "returned" if error is None else f"raised {error.__name__}"
-    pid = call.child[0] if call.child and call.child[0] > 0 else None
+    costs = call.process.costs()
+    child = {"child_pid": costs["pid"], "peak_memory": costs["peak_memory"], "cpu_time": costs["cpu_time"]}
     seconds = _clock() - call.started
-    message = "%s in child %s %s after %.6f s, %d bytes returned"
-    _logger.debug(message, _name(call.function), pid, outcome, seconds, call.received)
-
-
-def _name(function: Callable[..., Any]) -> str:
-    try:
-        name = getattr(function, "__qualname__", None)
-    except Exception as error:  # of a __getattr__ that expects no such question
-        if _came_from_a_signal_handler(error):
-            raise
-        name = None
-    return name if isinstance(name, str) else f"a {type(function).__qualname__} object"
-
-
-def _say(error: BaseException) -> str:
-    try:
-        return "".join(traceback.format_exception_only(type(error), error)).strip()  # also where str(error) raises
-    except Exception as another:  # of a SyntaxError that was made of anything
-        if _came_from_a_signal_handler(another):
-            raise
-        return type(error).__qualname__
+    message = "%s in child %s %s after %.6f s, %d bytes returned, peak memory %s bytes, cpu time %s s"
+    values = _name(call.function), costs["pid"], outcome, seconds, call.received, costs["peak_memory"], costs["cpu_time"]
+    _logger.debug(message, *values, extra=child)
 
 
 # --------------------------------------------------------------------------------------------------- The public face
@@ -1307,8 +2067,12 @@ def execute_in_isolated_process(callable: Callable[P, R], /, *args: P.args, **kw
     Callable and arguments can be anything, for they are not pickled; the result must be picklable. An exception
     arrives with its type, arguments, attributes and notes; its ``__cause__`` shows the child's traceback. Errors of
     the call itself are `MemIsolateError`: `CallableDidNotExecuteError` (safe to retry), `CallableExecutedError`, or
-    `CallableStatusUnknownError`. A non-callable is a `TypeError`. For limits see `isolated`.
+    `CallableStatusUnknownError`. A non-callable is a `TypeError`. For limits, and generator functions, see `isolated`.
     """
+    __tracebackhide__ = True
+    if _kind_of(callable) == "generator":
+        items: Any = _iterate(_Call(callable, sends="send_all"), args, kwargs)
+        return items  # type: ignore[no-any-return]
     result: R = _run(_Call(callable), args, kwargs)
     return result
 
@@ -1322,9 +2086,22 @@ async def execute_in_isolated_process_async(callable: Callable[P, R], /, *args: 
 async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Do the same while the asyncio event loop goes on; ``callable`` may be an ``async def`` function too.
 
-    That runs in an event loop of its own in the child. Cancelling kills and reaps the child before it returns.
+    That runs in an event loop of its own in the child. Cancelling kills and reaps the child before it returns. Of a
+    generator function of either kind it returns an asynchronous iterator.
     """
+    __tracebackhide__ = True
+    sends = {"generator": "send_all", "async generator": "send_all_async"}.get(_kind_of(callable))
+    if sends is not None:
+        return _iterate_async(_Call(callable, sends=sends), args, kwargs)
     return await _run_async(_Call(callable), args, kwargs)
+
+
+def _kind_of(function: Any) -> str:
+    """Whether it is a generator function, an asynchronous one, or neither (""); partials and methods are looked through."""
+    while type(function) in (functools.partial, types.MethodType):
+        function = function.func if type(function) is functools.partial else function.__func__
+    flags = function.__code__.co_flags if type(function) is types.FunctionType else 0
+    return "generator" if flags & 0x20 else "async generator" if flags & 0x200 else ""  # inspect.CO_GENERATOR, ...
 
 
 @overload
@@ -1338,13 +2115,19 @@ def isolated(
 def isolated(function: Any = None, /, *, timeout: float | None = None, memory_limit: int | None = None) -> Any:
     """Make a function run isolated at every call: ``@isolated``, or ``@isolated(timeout=10, memory_limit=2**30)``.
 
-    ``timeout``: seconds of wall clock for the whole call but the rebuilding of its result, a positive real number; when
-    they are over the child is killed and `CallableTimeoutError` raised. ``memory_limit``: bytes of private memory that the callable may add to
-    what the process has at the call, a positive int (Linux; elsewhere `NotImplementedError`); Python code that wants
-    more gets `MemoryError`. A bad value is a `TypeError` or `ValueError` here, not at the call.
+    ``timeout``: seconds of wall clock for the whole call but the rebuilding of its result, a positive real number;
+    when they are over the child is killed and `CallableTimeoutError` raised. ``memory_limit``: bytes of private
+    memory that the callable may add to what the process has at the call, a positive int (Linux; elsewhere
+    `NotImplementedError`); Python code that wants more gets `MemoryError`. A bad value is a `TypeError` or
+    `ValueError` here, not at the call.
 
     Functions, ``async def`` functions, methods, static and class methods and other callables keep their signature,
     name and docs. The result is a plain function: it pickles by its name, which leads to it where it was decorated.
+
+    Of a generator function one child runs the whole body, from when the first item is asked for. Items come as they
+    are yielded, then what the body returns or raises; ``timeout`` is for each item. The child may be some 64 MiB
+    ahead, and ends with the iterator, or with the thread that asked for the first item: it is killed, and no
+    ``finally`` of the body runs. ``send`` and ``throw`` do not reach the body.
     """
     _check_limits(timeout, memory_limit)
     timeout = None if timeout is None else float(timeout)
@@ -1360,19 +2143,31 @@ def _isolate(function: Any, timeout: float | None, memory_limit: int | None) -> 
         raise TypeError(f"expected a callable, not {type(function).__name__}")
     import inspect
 
-    if inspect.iscoroutinefunction(function):
-
-        @functools.wraps(function)
-        async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
-            return await _run_async(_Call(function, timeout, memory_limit), args, kwargs)
-
-        return async_wrapper
-
-    @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
         return _run(_Call(function, timeout, memory_limit), args, kwargs)
 
-    return wrapper
+    async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        return await _run_async(_Call(function, timeout, memory_limit), args, kwargs)
+
+    def generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        __tracebackhide__ = True
+        return (yield from _iterate(_Call(function, timeout, memory_limit, "send_all"), args, kwargs))
+
+    async def async_generator(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        __tracebackhide__ = True
+        items: Any = _iterate_async(_Call(function, timeout, memory_limit, "send_all_async"), args, kwargs)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()
+
+    kind = _kind_of(function)
+    wrappers: dict[str, Any] = {"generator": generator, "async generator": async_generator}
+    chosen = wrappers.get(kind) or (async_wrapper if inspect.iscoroutinefunction(function) else wrapper)
+    return functools.wraps(function)(chosen)
 
 
 def _check_limits(timeout: Any, memory_limit: Any) -> None:
@@ -1567,6 +2362,19 @@ def _tour() -> int:
         print(f"{'ok  ' if good else 'FAIL'} {title} ({milliseconds:.1f} ms): " + said.replace("\n", "\n         "))
     print(f"{failures} of {len(steps)} did not do what they should" if failures else "This platform is supported.")
     return 1 if failures else 0
+
+
+def _warm_up() -> None:
+    """Deliver a few times to nobody, so that children find the interpreter's caches filled.
+
+    Each child would else fill them for itself, which costs a trivial call some 10 page faults.
+    """
+    shared = _Shared()
+    shared.header = memoryview(bytearray(_HEADER_SIZE)).cast("Q")
+    shared.region = memoryview(bytearray(_REGION_SIZE))
+    for _ in range(16):
+        child = _Child(_Writer(shared, 0), None, [], [], _warm_up, (), {})
+        _deliver_outcome(child, None, None)
 
 
 _warm_up()  # last, since another global would make the interpreter forget what it learnt about those
