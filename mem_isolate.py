@@ -30,7 +30,6 @@ import copyreg
 import errno
 import functools
 import gc
-import hashlib
 import io
 import itertools
 import logging
@@ -40,6 +39,7 @@ import numbers
 import operator
 import os
 import pickle
+import posix
 import re
 import select
 import signal
@@ -64,7 +64,8 @@ try:
     from ctypes import PyDLL, pythonapi
 except ImportError as error:
     raise ImportError(
-        f"mem_isolate needs CPython on POSIX, its main interpreter first: it calls fork through ctypes.PyDLL, and {error}"
+        f"mem_isolate needs ctypes and friends, which here cannot be imported ({error}): it runs on CPython on POSIX, "
+        "calls fork through ctypes.PyDLL, and is imported by the main interpreter"
     ) from error
 try:
     import faulthandler
@@ -72,7 +73,8 @@ except ImportError:  # some builds leave it out: then errors come without the ch
     faulthandler = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from typing import Any, AsyncIterator, Callable, Coroutine, Iterable, Iterator, NoReturn, TypeVar, overload
+    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
+    from typing import Any, NoReturn, TypeVar, overload
 
     from typing_extensions import ParamSpec
 
@@ -264,7 +266,13 @@ _EFD_NONBLOCK, _EFD_CLOEXEC = os.O_NONBLOCK, getattr(os, "O_CLOEXEC", 0)
 _F_ADD_SEALS = 1033  # in the fcntl module from 3.9 on
 _F_SEAL_EVERYTHING = 1 | 2 | 4 | 8  # seal, shrink, grow, write
 _SIG_BLOCK, _SIG_SETMASK = int(signal.SIG_BLOCK), int(signal.SIG_SETMASK)
-_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
+_FAULTS = {  # what faulthandler reports, and its words for it
+    Signals.SIGSEGV: "Segmentation fault",
+    Signals.SIGBUS: "Bus error",
+    Signals.SIGFPE: "Floating",  # "point exception", from 3.13 on with a hyphen
+    Signals.SIGILL: "Illegal instruction",
+    Signals.SIGABRT: "Aborted",
+}
 _SignalSet = ctypes.c_char * 128  # sigset_t has 128 bytes in glibc and musl, fewer elsewhere
 _SIGNALS = _SignalSet()  # all but faults: one that is blocked kills without running the handler that tells where
 _libc.sigfillset(_SIGNALS)
@@ -276,6 +284,7 @@ _pidfd_open: Any = getattr(os, "pidfd_open", None) or getattr(_libc_holding_gil,
 _pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)
 
 _clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)  # time.monotonic may be replaced by a test suite
+_read, _write = posix.read, posix.write  # eventlet replaces those of os, and lets other greenlets run in them
 _getpid, _getppid, _set_wakeup_fd = os.getpid, os.getppid, signal.set_wakeup_fd
 _gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
 _getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
@@ -284,9 +293,14 @@ _getppid()  # so that the dynamic linker has resolved it, which it would else do
 # may take one, and the handler runs in the main thread. What must not be torn apart is therefore one step of C.
 
 
+def _step(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """A step of a chain that C runs: calls a C function once."""
+    return itertools.starmap(function, (arguments,))
+
+
 def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
     """Call a C function and append what it returns, in one step of C."""
-    results.extend(itertools.starmap(function, (arguments,)))
+    results.extend(_step(function, *arguments))
 
 
 def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
@@ -303,6 +317,8 @@ def _from_a_signal_handler(error: BaseException) -> bool:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         code, caller = frame.f_code, frame.f_back
+        if code.co_filename == __file__:  # no handler; and to ask for its locals would keep them alive
+            continue
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + 1]:  # and that of *args
             value = frame.f_locals.get(name)
             if caller and any(item is caller for item in (value if type(value) is tuple else (value,))):
@@ -334,7 +350,8 @@ def _os_error(what: str = "") -> OSError:
 
 _PAGE = mmap.PAGESIZE
 _SHARED_SIZE = 64 * 1024  # only the pages that are used cost anything
-_HEADER_SIZE = 5 * 8  # five words: progress, and of the outcome: its kind, number of buffers, start, length of the stream
+_HEADER_SIZE = 5 * 8
+# Its words: how far the child came; of the outcome: its kind, number of buffers, where its stream starts, its length.
 _PROGRESS, _KIND, _BUFFERS, _START, _LENGTH = range(5)
 _LAST_WORDS_SIZE = 4096  # at the end: what is said when the bulk cannot be written
 _REGION_SIZE = _SHARED_SIZE - _HEADER_SIZE - _LAST_WORDS_SIZE
@@ -353,7 +370,7 @@ _RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
 # Where the bulk's descriptor stands for what is written at its position, the child's stack: far behind any result.
 _REPORT_AT = 1 << 60 if sys.maxsize > 2**32 else 1 << 40
 # High numbers are out of the way of the callable's own descriptors; elsewhere than on Linux, of the standard streams'.
-_NUMBERS = (512, 64, 3) if _LINUX else (3,)
+_NUMBERS = (1021, 512, 64, 3) if _LINUX else (3,)
 # fcntl's third argument is variadic, which ctypes cannot pass everywhere; Python's own gives the GIL away.
 _fcntl: Any = _libc_holding_gil.fcntl if _LINUX else fcntl.fcntl
 
@@ -393,7 +410,7 @@ class _Shared:
     def read_counter(self) -> bool:
         """Add up what the child has published; whether it was anything."""
         with contextlib.suppress(BlockingIOError):
-            told = os.read(self.counter[0], 4096)
+            told = _read(self.counter[0], 4096)
             self.published += sum(struct.unpack(f"={len(told) // 8}Q", told))
             return True
         return False
@@ -480,7 +497,7 @@ class _Writer:
         self.publishes = publishes
 
     def after(self) -> _Writer:
-        """A writer for a stream behind this one, which is given up: the parent may be reading it, so it stays as it is."""
+        """A writer behind this stream, which is given up: the parent may be reading it, so it stays as it is."""
         writer = _Writer(self.shared, self.parent, publishes=False)
         writer.start = writer.position = self.position
         writer.bulk = self.bulk
@@ -507,7 +524,7 @@ class _Writer:
                 count = os.pwrite(self.bulk, data[written : written + _PIECE], offset + written)
                 written += count
                 if publish and self.counter >= 0:
-                    os.write(self.counter, struct.pack("=Q", count))
+                    _write(self.counter, struct.pack("=Q", count))
         except Exception:
             self.failed = True
             raise
@@ -545,14 +562,21 @@ class _Writer:
     def deliver(self, kind: int) -> None:
         """End the stream, and fill in all of the header: the callable can have written there."""
         count, header = self.end(), self.shared.header
-        header[_KIND], header[_BUFFERS], header[_START], header[_LENGTH] = kind, count, self.start, self.position - self.start
+        header[_KIND], header[_BUFFERS], header[_START] = kind, count, self.start
+        header[_LENGTH] = self.position - self.start
         header[_PROGRESS] = _DELIVERED
 
 
 def _working_counter(descriptors: list[int]) -> int:
-    """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number."""
+    """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number.
+
+    Also where the callable left a child behind, which has the bulk too, and could change it before the parent reads.
+    """
     try:
         found = os.fstat(descriptors[-1])
+        with contextlib.suppress(ChildProcessError):  # no child: nobody who may write there before the parent reads it
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return -1
         if stat.S_ISSOCK(found.st_mode):
             return descriptors[-1]
         another: list[int] = []
@@ -565,7 +589,7 @@ def _working_counter(descriptors: list[int]) -> int:
 
 
 class _ItemSender:
-    """A generator's child writes item after item to the bulk, each with its buffers, and publishes it when it is whole."""
+    """A generator's child writes item after item to the bulk, with its buffers, and publishes it when it is whole."""
 
     def __init__(self, writer: _Writer) -> None:
         self.writer = writer
@@ -604,11 +628,11 @@ class _ItemSender:
         if writer.counter < 0:
             writer.failed = True
             raise OSError(errno.EBADF, "the generator closed the descriptors that its items need")
-        os.write(writer.counter, struct.pack("=Q", end - self.sent))
+        _write(writer.counter, struct.pack("=Q", end - self.sent))
         self.sent = end
         writer.start = writer.position = _REGION_SIZE + end  # of what comes after the items
         while self.sent - self.taken > _AHEAD:
-            told = os.read(writer.shared.room[0], 4096)
+            told = _read(writer.shared.room[0], 4096)
             self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
 
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -665,6 +689,12 @@ class _Reader(io.RawIOBase):
     def unpickler(self, buffers: Iterable[Any]) -> pickle.Unpickler:
         return pickle.Unpickler(io.BufferedReader(self, _READ_AHEAD), buffers=buffers)
 
+    def load(self, end: int) -> None:
+        """Read the rest of the stream at once."""
+        rest = memoryview(bytearray(max(end - self.position, 0)))
+        _read_stream(self.shared, self.position, rest)
+        self.loaded = rest
+
     def take_buffers(self, count: int, end: int, alone: bool = True) -> list[Any]:
         """All buffers of a stream, each in memory of its own that nobody else can change.
 
@@ -690,9 +720,7 @@ class _Reader(io.RawIOBase):
             else:
                 memory.append(offset)
         if mapped >= 0:
-            rest = memoryview(bytearray(max(end - self.position, 0)))  # which mapping cuts away
-            _read_stream(shared, self.position, rest)
-            self.loaded = rest
+            self.load(end)  # which mapping cuts away
             memory[mapped] = _map(shared, memory[mapped], lengths[mapped])
         return memory
 
@@ -711,18 +739,19 @@ def _read_stream(shared: _Shared, position: int, view: memoryview) -> int:
     return length
 
 
-def _map(shared: _Shared, offset: int, length: int) -> memoryview:
-    """A piece of the bulk, mapped privately where the rest of it can be cut away, and nobody can change it any more.
+def _seal(shared: _Shared) -> bool:
+    """Make the bulk unchangeable: a process that the callable left behind may hold its descriptor."""
+    return bool(_libc_quick.fcntl(shared.bulk[0], _F_ADD_SEALS, _F_SEAL_EVERYTHING) == 0)  # not while it is mapped
 
-    A process that the callable left behind may hold the descriptor: hence the seal, which fails where somebody has
-    the bulk mapped for writing.
-    """
+
+def _map(shared: _Shared, offset: int, length: int) -> memoryview:
+    """A piece of the bulk, mapped privately where the rest of it can be cut away and it can be sealed."""
     bulk = shared.bulk[0]
     size, end = os.fstat(bulk).st_size, offset + -(-length // _PAGE) * _PAGE
     for start, count in ((0, offset), (end, size - end)):
         if _libc_fallocate is not None and count > 0:
             _libc_fallocate(bulk, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, count)
-    if _libc_fallocate is None or _libc_quick.fcntl(bulk, _F_ADD_SEALS, _F_SEAL_EVERYTHING) != 0:
+    if _libc_fallocate is None or not _seal(shared):
         view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
         _read_stream(shared, offset + _REGION_SIZE, view)
         return view
@@ -774,7 +803,7 @@ def _is_found_by_name(cls: type) -> bool:
 
 
 def _class_of_this_process(address: int, module: str, name: str) -> type:
-    """The class of exceptions that was at this address at the fork, in the child as here; nothing is looked up by name."""
+    """The class of exceptions that was at this address at the fork, in the child as here."""
     classes: dict[type, None] = {BaseException: None}
     waiting = [BaseException]
     for cls in waiting:
@@ -860,11 +889,20 @@ def _python_function(name: str, restype: Any, *argtypes: Any) -> Any:
     if function is None:
         _missing_parts.append(name)
         return lambda *_: None
-    function.restype, function.argtypes = restype, argtypes
+    function.restype, function.argtypes = restype, argtypes or None
     return function
 
 
-_has_attribute = _python_function("PyObject_HasAttr", None, ctypes.py_object, ctypes.py_object)
+for _owner, _part in (
+    (_imp, "acquire_lock"),
+    (_bootstrap, "_module_locks"),
+    (_bootstrap, "_blocking_on"),
+    (threading, "_after_fork"),
+    (logging, "_handlerList"),
+):
+    if not hasattr(_owner, _part):
+        _missing_parts.append(f"{_owner.__name__}.{_part}")
+_has_attribute = _python_function("PyObject_HasAttr", None)  # takes addresses: to convert objects costs page faults
 _repair_interpreter = _python_function("PyOS_AfterFork_Child", None)
 _increment_reference = _python_function("Py_IncRef", None, ctypes.c_void_p)
 _newest_interpreter = _python_function("PyInterpreterState_Head", ctypes.c_void_p)
@@ -881,6 +919,8 @@ def _other_threads() -> bool:
     The threads are walked in one step of C. Between two bytecodes the GIL may go to the newest thread, which ends and
     is freed: the walk would go on in freed memory, and may find nobody.
     """
+    if _missing_parts:
+        return threading.active_count() > 1
     return any(map(_next_thread, map(_newest_thread, (_MAIN_INTERPRETER,))))
 
 
@@ -934,7 +974,7 @@ _child_hooks = _find_child_hooks()
 _OWNED = _find_what_threads_own()
 
 
-def _keep_what_threads_own() -> functools.partial[Any]:
+def _keep_what_threads_own() -> Iterator[Any]:
     """A step for the child: take a reference to what each thread owns, and never give it back.
 
     The repair deletes the states of the other threads. What only they kept alive would be finalised: files deleted
@@ -949,8 +989,7 @@ def _keep_what_threads_own() -> functools.partial[Any]:
         addresses = map(operator.add, itertools.takewhile(bool, states), itertools.repeat(offset))
         return map(operator.attrgetter("value"), map(ctypes.c_void_p.from_address, addresses))
 
-    owners = itertools.chain(*map(owned, _OWNED))
-    return functools.partial(any, map(_increment_reference, owners))
+    return map(_increment_reference, itertools.chain(*map(owned, _OWNED)))
 
 
 def _streams() -> tuple[Any, ...]:
@@ -999,7 +1038,7 @@ def _renew_streams() -> None:
 
 def _handlers() -> list[Any]:
     """Return the handlers of logging, with None for one that has just gone."""
-    return [reference() for reference in list(logging._handlerList)]  # type: ignore[attr-defined]
+    return [reference() for reference in list(getattr(logging, "_handlerList", ()))]
 
 
 def _renew_logging() -> None:
@@ -1009,9 +1048,9 @@ def _renew_logging() -> None:
     """
     logging._lock = threading.RLock()  # type: ignore[attr-defined]
     for handler in _handlers():
-        if isinstance(getattr(handler, "lock", None), _LOCK_TYPES):
+        if isinstance(getattr(handler, "lock", None), (*_LOCK_TYPES, type(threading.Lock()), type(threading.RLock()))):
             handler.createLock()
-        queue = getattr(handler, "queue", None)  # a QueueHandler's; what waits there is the parent's to handle
+        queue: Any = getattr(handler, "queue", None)  # a QueueHandler's; what waits there is the parent's to handle
         if hasattr(queue, "mutex") and hasattr(queue, "maxsize"):
             type(queue).__init__(queue, queue.maxsize)
 
@@ -1048,11 +1087,33 @@ def _leave_event_loop() -> None:
         asyncio._set_running_loop(None)
 
 
-def _leave_hub() -> None:
-    """Let the callable wait under gevent without running the parent's other greenlets."""
-    hub: Any = sys.modules.get("gevent.hub")
-    if hasattr(hub, "set_hub"):
-        hub.set_hub(None)
+_GREENLET_LIBRARIES = frozenset(["gevent", "eventlet"])
+_left_hubs: list[Any] = []  # those of the parent: a greenlet that is freed would run its ``finally``
+
+
+def _leave_hubs() -> None:
+    """Let the callable wait under gevent or eventlet without running the parent's other greenlets."""
+    local: Any = sys.modules.get("gevent._hub_local")
+    hub = local.get_hub_if_exists() if hasattr(local, "set_hub") else None
+    if hub is not None:
+        loop = hub.loop
+        _left_hubs.append((hub, loop))
+        local.set_hub(None)
+        local.set_loop(None)
+        if loop.default:  # all default loops are one struct of C, timers included; only they can watch subprocesses
+            for _ in range(getattr(loop, "activecnt", 0)):  # the next one would count these too, and never be idle
+                loop.unref()
+            loop.destroy()
+        hub.loop = type(loop)(default=False)  # never runs: where a lock or queue wakes the parent's greenlets
+        hub.switch = _refuse_hub
+    local = getattr(sys.modules.get("eventlet.hubs"), "_threadlocal", None)
+    if hasattr(local, "hub"):
+        _left_hubs.append(local.hub)
+        del local.hub
+
+
+def _refuse_hub(*_: Any) -> None:
+    raise RuntimeError("this lock, queue or socket of gevent's belongs to the parent's hub; make one in the callable")
 
 
 # Large results are rebuilt with the garbage collector at rest, which would walk them again and again. The threshold
@@ -1093,13 +1154,12 @@ class _Child:
     goes nowhere then. No signal handler can carry the child out into the caller's code.
     """
 
-    pid = 0
     failure: BaseException | None = None
 
     def __init__(
         self,
         writer: _Writer,
-        mask: ctypes.Array[ctypes.c_char],
+        mask: Any,
         setup: list[Callable[[], None]],
         teardown: list[Callable[[], None]],
         function: Callable[..., Any],
@@ -1112,62 +1172,68 @@ class _Child:
 
     @property
     def run(self) -> None:
-        try:
-            self.live()
-        except BaseException as error:  # signal handlers raised one after the other
-            self.failure = error
-
-    @property
-    def deliver(self) -> None:
-        """Deliver the last exception where signal handlers cut ``run`` short."""
-        sys.unraisablehook = _say_nothing  # from 3.13 on it is told of what a property raises
-        failure = self.failure or InterruptedError("signal handlers raised exceptions one after the other")
-        if _getpid() == self.pid and self.life[0][_PROGRESS] in (_RUNNING, _RETURNED):
-            _deliver_outcome(self, None, failure)
-
-    def live(self) -> None:
         header, parent, mask, setup, teardown, function, args, kwargs = self.life
-        self.pid = pid = _getpid()
         try:
+            pid = _getpid()
             if _libc_prctl is not None:
                 _libc_prctl(_PR_SET_PDEATHSIG, 9)
                 if _getppid() not in (parent, 0):  # it died before that; 0 stands for one in another namespace
                     _libc_exit(1)
             _set_wakeup_fd(-1)  # the parent's event loop listens there
-            for step in setup:
+            if setup:
+                self.set_up(setup)
+            streams, recursion_limit = _streams(), _getrecursionlimit()
+            value = None
+            header[_PROGRESS] = _RUNNING
+            try:
+                _libc_sigmask(_SIG_SETMASK, mask, None)
+                value = function(*args, **kwargs)
+                _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)
+            except BaseException as error:
+                self.failure = error
+                _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)
+            if _getpid() != pid:
+                _libc_exit(0)  # a process that the callable forked came back out of it
+            header[_PROGRESS] = _RETURNED
+            # What the callable set must not disturb the rest.
+            if _gettrace() is not None:
+                sys.settrace(None)
+            if _getprofile() is not None:
+                sys.setprofile(None)
+            if _getrecursionlimit() < recursion_limit:
+                sys.setrecursionlimit(recursion_limit)
+            for step in teardown:
+                step()
+            _deliver_outcome(self, value, self.failure)
+            if _streams() != streams:
+                _flush(*_streams())
+            _flush(*streams)
+            _libc_exit(0)
+        except BaseException as error:  # signal handlers raised one after the other
+            self.failure = error
+
+    @property
+    def run_guarded(self) -> None:
+        try:
+            self.run
+        except BaseException as error:
+            self.failure = error
+
+    def set_up(self, steps: list[Callable[[], None]]) -> None:
+        try:
+            for step in steps:
                 step()
         except BaseException as error:
             _deliver_failure(self.writer, _SETUP_FAILED, "the child could not be set up", error)
             _libc_exit(1)
-        streams, recursion_limit = _streams(), _getrecursionlimit()
-        value = None
-        header[_PROGRESS] = _RUNNING
-        try:
-            try:
-                _libc_sigmask(_SIG_SETMASK, mask, None)
-                value = function(*args, **kwargs)
-            finally:
-                _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)
-        except BaseException as error:
-            self.failure = error
-            _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)  # a handler may have raised before the one above did it
-        if _getpid() != pid:
-            _libc_exit(0)  # a process that the callable forked came back out of it
-        header[_PROGRESS] = _RETURNED
-        # What the callable set must not disturb the rest.
-        if _gettrace() is not None:
-            sys.settrace(None)
-        if _getprofile() is not None:
-            sys.setprofile(None)
-        if _getrecursionlimit() < recursion_limit:
-            sys.setrecursionlimit(recursion_limit)
-        for step in teardown:
-            step()
-        _deliver_outcome(self, value, self.failure)
-        if _streams() != streams:
-            _flush(*_streams())
-        _flush(*streams)
-        _libc_exit(0)
+
+    @property
+    def deliver(self) -> None:
+        """Deliver the last exception where signal handlers cut ``run`` short."""
+        sys.unraisablehook = _say_nothing  # from 3.13 on it is told of what a property raises
+        header, parent, *_ = self.life
+        if self.failure is not None and _getppid() == parent and header[_PROGRESS] in (_RUNNING, _RETURNED):
+            _deliver_outcome(self, None, self.failure)
 
 
 def _say_nothing(_: Any) -> None:
@@ -1197,9 +1263,9 @@ def _deliver_outcome(child: _Child, value: Any, failure: BaseException | None) -
         text = "".join(traceback.format_exception(type(failure), failure, failure.__traceback__))
     try:
         try:
-            writer = _deliver_exception(writer, _RAISED, text, failure, _exception_state(failure))
+            _deliver_exception(writer, _RAISED, text, failure, _exception_state(failure))
         except Exception:  # the state may hold what the class itself knows not to pickle
-            writer = _deliver_exception(writer, _RAISED, text, failure, {})
+            _deliver_exception(writer, _RAISED, text, failure, {})
     except BaseException as error:
         what = f"it raised {type(failure).__qualname__}, which cannot be pickled"
         _deliver_failure(writer, _UNPICKLABLE, what, error, text)
@@ -1207,7 +1273,8 @@ def _deliver_outcome(child: _Child, value: Any, failure: BaseException | None) -
 
 def _below_the_call(frames: types.TracebackType | None) -> types.TracebackType | None:
     """Leave out the frames of this file that called the callable."""
-    callers = _Child.live.__code__, _ItemSender.send_all.__code__, _run_coroutine.__code__
+    run: Any = vars(_Child)["run"]
+    callers = run.fget.__code__, _ItemSender.send_all.__code__, _run_coroutine.__code__
     while frames is not None and frames.tb_frame.f_code in callers:
         frames = frames.tb_next
     return frames
@@ -1263,12 +1330,16 @@ def _deliver_last_words(shared: _Shared, message: str, error: BaseException) -> 
     shared.header[_PROGRESS] = _DELIVERED
 
 
-# ----------------------------------------------------------------------------------------- A crash or a hang tells where
+# ---------------------------------------------------------------------------------------- A crash or a hang tells where
 # The standard library's faulthandler writes the child's stack into the bulk, at the descriptor's position. It is
 # enabled in the parent just around the fork, since the child inherits it for nothing, and to enable it would cost it
 # dozens of page faults; but only where no signal of its is handled by anybody: a JVM lives by handlers of its own.
 
 _SignalAction = ctypes.c_char * 256  # struct sigaction has 152 bytes in glibc and musl; the handler comes first
+_FAULT_NUMBERS = tuple(map(int, _FAULTS))
+_fault_actions = [_SignalAction() for _ in _FAULTS]  # what libc knows of them, read anew for each call
+_fault_handlers = [ctypes.c_void_p.from_buffer(action) for action in _fault_actions]
+_value_of = operator.attrgetter("value")
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 
@@ -1276,9 +1347,9 @@ class _StackReports:
     """Steps for the fork, so that the child can say where it crashed or hung, and nobody's handlers are touched."""
 
     def __init__(self, bulk: int, mask: Any, with_timeout: bool) -> None:
-        self.before: list[functools.partial[Any]] = []
-        self.in_child: list[functools.partial[Any]] = []
-        self.after: list[functools.partial[Any]] = []
+        self.before: list[Iterator[Any]] = []
+        self.in_child: list[Iterator[Any]] = []
+        self.after: list[Iterator[Any]] = []
         self.timeout_signal = 0  # what makes the child write its stack and end
         if faulthandler is None:
             return
@@ -1286,35 +1357,36 @@ class _StackReports:
             os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
         except OSError:  # the file system knows no files as large as that
             return
-        enable = functools.partial(faulthandler.enable, bulk, True, **_WITHOUT_C_STACK)
-        handled = [(number, action) for number, action in map(_action_of, _FAULTS) if _handler_of(action)]
+        enable = _step(faulthandler.enable, bulk, True, *_WITHOUT_C_STACK)
+        any(map(_libc_sigaction, _FAULT_NUMBERS, itertools.repeat(None), _fault_actions))
         if faulthandler.is_enabled():  # then this does no more than change the file
             self.in_child.append(enable)
-        elif handled:
+        elif any(map(_value_of, _fault_handlers)):
             self.in_child.append(enable)
-            self.in_child += [functools.partial(_libc_sigaction, number, action, None) for number, action in handled]
+            for number, action in zip(_FAULT_NUMBERS, _fault_actions):
+                if _handler_of(action):
+                    self.in_child.append(_step(_libc_sigaction, number, _SignalAction(*action), None))
         else:
             self.before.append(enable)
-            self.after.append(_DISABLE_REPORTS)
+            self.after.append(_step(faulthandler.disable))
         if with_timeout:
             self.report_timeouts(bulk, mask)
         if _libc_sigaltstack is not None and threading.get_ident() != threading.main_thread().ident:
             # A handler for a stack overflow needs a stack of its own, which faulthandler gives to one thread only.
             theirs = ctypes.create_string_buffer(3 * ctypes.sizeof(ctypes.c_void_p))
-            self.before.append(functools.partial(_libc_sigaltstack, _alternative_stack(), theirs))
-            self.after.insert(0, functools.partial(_libc_sigaltstack, theirs, None))
+            self.before.append(_step(_libc_sigaltstack, _alternative_stack(), theirs))
+            self.after.insert(0, _step(_libc_sigaltstack, theirs, None))
 
     def report_timeouts(self, bulk: int, mask: Any) -> None:
         for number in range(getattr(signal, "SIGRTMIN", 0), getattr(signal, "SIGRTMAX", -1) + 1):
             if not _handler_of(_action_of(number)[1]) and not _libc_quick.sigismember(mask, number):
                 self.timeout_signal = number
-                self.before.append(functools.partial(faulthandler.register, number, bulk, True, True))
-                self.after.append(functools.partial(faulthandler.unregister, number))
+                self.before.append(_step(faulthandler.register, number, bulk, True, True))
+                self.after.append(_step(faulthandler.unregister, number))
                 return
 
 
-_WITHOUT_C_STACK: dict[str, Any] = {"c_stack": False} if sys.version_info >= (3, 14) else {}  # it allocates memory
-_DISABLE_REPORTS = functools.partial(faulthandler.disable) if faulthandler is not None else functools.partial(bool)
+_WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to show that allocates memory
 
 
 @functools.lru_cache(maxsize=None)
@@ -1338,16 +1410,23 @@ def _handler_of(action: Any) -> int:
 
 
 def _is_of_this_file(name: str, line: int) -> bool:
-    return name == _run.__code__.co_filename and line < _tour.__code__.co_firstlineno  # whose functions are users
+    own = _run.__code__.co_filename.encode("ascii", "backslashreplace").decode()  # as faulthandler writes it
+    # The tour's functions are users of this file as any others.
+    return name in (own, _run.__code__.co_filename) and line < _tour.__code__.co_firstlineno
 
 
-def _read_report(bulk: int) -> tuple[str, str]:
-    """What the child wrote of its stack: in few words, for a message, and whole. Frames of this file are left out."""
-    dump = os.pread(bulk, 1 << 18, _REPORT_AT).decode("ascii", "backslashreplace")
+def _read_report(bulk: int, place: int, head: str) -> tuple[str, str]:
+    """What the child wrote of its stack: in few words, for a message, and whole. Frames of this file are left out.
+
+    A process that the callable forked may have crashed and written one too: what begins with ``head`` is the child's.
+    """
+    dump = os.pread(bulk, 1 << 24, place).decode("ascii", "backslashreplace")
+    start = dump.rfind(head)
+    if start < 0 or not dump:
+        return "", ""
     blocks: list[str] = []
     where: list[tuple[str, str, int]] = []
-    start = dump.rfind("Fatal Python error")
-    for block in re.split(r"\n(?=(?:Current thread|Thread) )", "\n" + dump[max(start, 0) :]):
+    for block in re.split(r"\n(?=(?:Current thread|Thread) )", "\n" + (dump[start:] if head else dump)):
         head, *lines = block.strip("\n").splitlines() or [""]
         if not head.startswith(("Thread", "Current thread")):
             blocks += [head] if head else []
@@ -1355,9 +1434,11 @@ def _read_report(bulk: int) -> tuple[str, str]:
         frames = []
         for line in lines:
             found = _FRAME.match(line)
-            if found is None or _is_of_this_file(found[1], int(found[2])):
+            own = found is not None and _is_of_this_file(found[1], int(found[2]))
+            if found is None or own and found[3].split(".")[-1] == "run":  # where the child's own stack begins
                 break
-            frames.append(traceback.FrameSummary(found[1], int(found[2]), found[3]))
+            if not own:
+                frames.append(traceback.FrameSummary(found[1], int(found[2]), found[3]))
         if head.startswith("Current"):
             where = [(frame.name, frame.filename, frame.lineno or 0) for frame in frames]
         shown = "".join(traceback.StackSummary.from_list(frames[::-1]).format())
@@ -1379,7 +1460,12 @@ def _in_few_words(frames: list[tuple[str, str, int]]) -> str:
     return f" in {say(frames[0])}" + (f", called from {say(callers[0])}" if callers else "")
 
 
-# -------------------------------------------------------------------------------- The child process, as its parent sees it
+# ----------------------------------------------------------------------------------- The process, as its parent sees it
+
+
+# Interned, so that the addresses stay. Before 3.11 a handler may raise also at the first instruction of an except.
+_PARTS_OF_LIFE = [ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))]
+_PARTS_OF_LIFE.append(ctypes.c_void_p(id("deliver")))
 
 
 class _Process:
@@ -1387,7 +1473,7 @@ class _Process:
 
     gone = expired = killed = False
     wait_error: BaseException | None = None
-    _usage: Any = None
+    steps: Any = ()
 
     def __init__(self) -> None:
         self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
@@ -1409,7 +1495,7 @@ class _Process:
         thread that it does not have. Freezing comes first, since any allocation may set off a collection: the
         parent's garbage is never finalised a second time, and the pages of its heap stay shared.
         """
-        step = functools.partial
+        step = _step
         before = [step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)]
         in_child = [step(gc.freeze)]
         after = [step(_libc_sigmask, _SIG_SETMASK, mask, None)]
@@ -1417,34 +1503,40 @@ class _Process:
             before.append(step(_imp.acquire_lock))  # the repair makes it anew
             in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]  # type: ignore
             after.insert(0, step(_imp.release_lock))
-        life = [step(_has_attribute, child, "run"), step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, None)]
-        life += [step(_has_attribute, child, "deliver")] * 3
+        run, deliver = ((_has_attribute, ctypes.c_void_p(id(child)), name) for name in _PARTS_OF_LIFE)
+        life = [step(*run), step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, None), *(step(*deliver) for _ in range(3))]
         steps = [*before, *reports.before, step(_libc_fork), *in_child, *reports.in_child, *life, step(_libc_exit, 1)]
         # The steps stay alive until the child is gone: to free them would copy the pages that they share.
         after = reports.after + after
-        self.steps = steps, after
-        call = step.__call__
+        self.steps = steps, after, child
+        chain = itertools.chain.from_iterable
         try:
-            self.pids.extend(itertools.chain(itertools.islice(filter(None, map(call, steps)), 1), map(call, after)))
+            self.pids.extend(itertools.chain(itertools.islice(filter(None, chain(steps)), 1), chain(after)))
         finally:
             if not self.pids:  # a step before the fork raised
-                any(map(call, after))
+                for undo in after:
+                    with contextlib.suppress(RuntimeError):  # the import lock is not held yet
+                        any(undo)
         if self.pid < 0:
             cause = _os_error()
             raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
         self.watch_end()
 
     def watch_end(self) -> None:
-        with _tolerating(OSError):  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
+        try:
             if _pidfd_open:
-                _keep(self.watch, _pidfd_open, self.pid, 0)
+                _keep(self.watch, _pidfd_open, self.pids[0], 0)
                 if self.watch[0] < 0:
                     self.watch.clear()
             elif not _LINUX and hasattr(select, "kqueue"):  # macOS and the BSDs
-                with contextlib.closing(select.kqueue()) as queue:
-                    flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
-                    queue.control([select.kevent(self.pid, select.KQ_FILTER_PROC, flags, select.KQ_NOTE_EXIT)], 0)
+                kqueue: Any = select
+                with contextlib.closing(kqueue.kqueue()) as queue:
+                    flags = kqueue.KQ_EV_ADD | kqueue.KQ_EV_ONESHOT
+                    queue.control([kqueue.kevent(self.pid, kqueue.KQ_FILTER_PROC, flags, kqueue.KQ_NOTE_EXIT)], 0)
                     _keep(self.watch, os.dup, queue.fileno())
+        except OSError as error:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
+            if _from_a_signal_handler(error):
+                raise
 
     def offer_to_the_kernel(self) -> None:
         """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
@@ -1485,7 +1577,8 @@ class _Process:
         # By pidfd, where there is one: it cannot hit a process that got the pid after somebody reaped ours.
         try:
             if self.watch and _pidfd_send_signal:
-                return _pidfd_send_signal(self.watch[0], number)
+                _pidfd_send_signal(self.watch[0], number)
+                return
         except ProcessLookupError:
             return
         except OSError as error:  # a sandbox that does not know it
@@ -1537,6 +1630,7 @@ class _Call:
     """
 
     ended = False
+    report_at = _REPORT_AT
     memory = 0
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
     taken = 0  # bytes of a generator's items
@@ -1567,9 +1661,7 @@ class _Call:
 
     # -- starting
 
-    def start(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None
-    ) -> None:
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function, or ``run`` with the function as its first argument."""
         flushed = _flush(*_streams())  # or the child would print again what waits in them
         if _IN_SUBINTERPRETER:
@@ -1584,7 +1676,7 @@ class _Call:
             if _from_a_signal_handler(error):
                 raise
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
-        writer = _Writer(shared, self.parent)
+        writer = _Writer(shared, self.parent, publishes=not self.sends)
         function = self.function
         if self.sends:
             run = getattr(_ItemSender(writer), self.sends)
@@ -1601,14 +1693,14 @@ class _Call:
         if _MADV_DONTFORK and (threads or run is not None):
             # A later child, forked while this one runs, does not get this region to scribble on.
             _libc_madvise_quick(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
-        self.process.offer_to_the_kernel()
         self.looks = self.look_at_intervals()
 
     def child_setup(self, threads: bool, flushed: bool) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
         """What the child has to do before it calls the function, and after, besides what every child has to."""
         setup: list[Callable[[], None]] = []
         teardown: list[Callable[[], None]] = []
-        if threads:
+        greenlets = not _GREENLET_LIBRARIES.isdisjoint(sys.modules)
+        if threads or greenlets:
             setup.append(functools.partial(_renew, list(_child_hooks or ())))
         if threads or not flushed:
             setup.append(_renew_streams)
@@ -1618,8 +1710,8 @@ class _Call:
             setup.append(_wake_collector)
         if "asyncio" in sys.modules:
             setup.append(_leave_event_loop)
-        if "gevent" in sys.modules:
-            setup.append(_leave_hub)
+        if greenlets:
+            setup.append(_leave_hubs)
         if self.memory_limit is not None:
             limits = resource.getrlimit(resource.RLIMIT_DATA)
             setup.append(functools.partial(_limit_memory, self.memory, limits))
@@ -1632,18 +1724,24 @@ class _Call:
         """Look at the child and yield the seconds until the next look, until it is gone; at the deadline, kill it.
 
         Where the end of the child wakes us, it is a second: a signal that comes just before the sleep does not end
-        it, and its handler, which may raise, is to run soon all the same.
+        it, and its handler, which may raise, is to run soon all the same. The first is shorter: only a child that
+        lives longer is worth what it costs to offer it to the kernel.
         """
         process = self.process
         looks = 0
         while not process.reap():
             left = self.deadline - _clock()
+            if looks == 1:
+                process.offer_to_the_kernel()
             if left > 0:
-                longest = 1.0 if process.watch else 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
+                longest = 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
+                if process.watch:
+                    longest = 1.0 if looks else 0.01
                 yield min(longest, left)
             elif not process.expired and self.reports.timeout_signal:
                 process.expired = True
                 self.deadline = _clock() + 0.1  # time for the child to say where it is
+                self.report_at = os.lseek(self.shared.bulk[0], 0, os.SEEK_CUR)
                 with _tolerating(PermissionError):
                     process.send(self.reports.timeout_signal)
             else:
@@ -1654,10 +1752,13 @@ class _Call:
     def sleep(self, seconds: float) -> None:
         """Sleep until the child ends or publishes something, but no longer than this."""
         process, shared = self.process, self.shared
-        poll = getattr(select, "poll", None)  # eventlet takes it away
-        if poll is None:
+        poll = getattr(select, "poll", None)  # eventlet takes it away, and lets others run in select
+        if poll is None and process.watch:
+            select.select([*process.watch, *shared.counter[:1]], [], [], seconds)
+        elif poll is None:
             time.sleep(min(seconds, 0.01))
-        elif not process.watch and self.timeout is None and not self.sends:
+        elif not process.watch and self.timeout is None and not self.sends and "gevent" not in sys.modules:
+            process.offer_to_the_kernel()
             process.reap(0)
         else:
             poller = poll()
@@ -1772,7 +1873,7 @@ class _Call:
 
     def give_room(self, since: int) -> None:
         """Let the child go on, and give back the memory of what was taken."""
-        os.write(self.shared.room[-1], struct.pack("=Q", self.taken - since))
+        _write(self.shared.room[-1], struct.pack("=Q", self.taken - since))
         self.shared.free(self.taken)
 
     def error(self, kind: type[MemIsolateError], message: str, **details: object) -> MemIsolateError:
@@ -1792,7 +1893,8 @@ class _Call:
             _wake_collector(id(self))
             self.shared.release()
             _in_flight.pop(id(self), None)
-        self.rebuilt = None
+        # A generator that looks refers to this call, and the steps to its arguments.
+        self.rebuilt, self.looks, self.process.steps = None, iter(()), ()
         self.ended = True
 
 
@@ -1858,7 +1960,7 @@ def _outcome(call: _Call) -> Any:
     if progress != _DELIVERED:
         raise _failure(call, progress)
     if kind != _RESULT:
-        return _raise_delivered(call, kind, count, start, start + length)
+        _raise_delivered(call, kind, count, start, start + length)
     call.received = length
     try:
         if isinstance(call.rebuilt, list):
@@ -1869,7 +1971,10 @@ def _outcome(call: _Call) -> Any:
             return pickle.loads(call.shared.region[start : start + length])
         _rest_collector(id(call))
         reader = _Reader(call.shared, start, lambda position: max(start + length, position))
-        return reader.unpickler(reader.take_buffers(count, start + length)).load()
+        buffers = reader.take_buffers(count, start + length)
+        if reader.loaded is None and not _seal(call.shared):
+            reader.load(start + length)
+        return reader.unpickler(buffers).load()
     except Exception as error:
         if _from_a_signal_handler(error):
             raise
@@ -1882,6 +1987,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
     __tracebackhide__ = True
     name = _name(call.function)
     text, error, state = "", None, {}
+    unpickler: Any = None
     try:
         if kind == _UNWRITTEN:
             unpickler = pickle.Unpickler(io.BytesIO(call.shared.last_words[: end - start]))
@@ -1919,13 +2025,15 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
         details["signal"] = number = os.WTERMSIG(status)
         with contextlib.suppress(ValueError):  # a real-time signal has no name
             details["signal"] = Signals(number)
-    if details.get("signal") in _FAULTS or process.expired:
+    if process.expired or details.get("signal") in _FAULTS:
+        head = "" if process.expired else f"Fatal Python error: {_FAULTS[details['signal']]}"
         with _tolerating(OSError, ValueError):
-            where, report = _read_report(call.shared.bulk[0])
+            where, report = _read_report(call.shared.bulk[0], call.report_at, head)
     if process.expired:
         cannot = process.killed and process.wait_error is not None and not _is_gone(process.wait_error)
         killed = f"cannot be killed ({process.wait_error})" if cannot else "was killed"
-        message = f"{name} did not end within {call.timeout:g} s, and {killed}{where}; allow more time, or retry if it may run twice"
+        message = f"{name} did not end within {call.timeout:g} s, and {killed}{where}; "
+        message += "allow more time, or retry if it may run twice"
         error = call.error(CallableTimeoutError, message, timeout=call.timeout)
     else:
         error = _ending(call, progress, details, where)
@@ -1994,7 +2102,7 @@ async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any])
             _log(call)
 
 
-def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, None, Any]:
     __tracebackhide__ = True
     try:
         with call, call, call:
@@ -2051,10 +2159,10 @@ def _log(call: _Call) -> None:
     error = sys.exc_info()[0]
     outcome = "returned" if error is None else f"raised {error.__name__}"
     costs = call.process.costs()
-    child = {"child_pid": costs["pid"], "peak_memory": costs["peak_memory"], "cpu_time": costs["cpu_time"]}
+    child = {"child_pid": costs.pop("pid"), **costs}
     seconds = _clock() - call.started
-    message = "%s in child %s %s after %.6f s, %d bytes returned, peak memory %s bytes, cpu time %s s"
-    values = _name(call.function), costs["pid"], outcome, seconds, call.received, costs["peak_memory"], costs["cpu_time"]
+    message = "%s in child %s %s after %.6f s, %d bytes returned, peak memory %s bytes, processor time %s s"
+    values = _name(call.function), child["child_pid"], outcome, seconds, call.received, *costs.values()
     _logger.debug(message, *values, extra=child)
 
 
@@ -2072,7 +2180,7 @@ def execute_in_isolated_process(callable: Callable[P, R], /, *args: P.args, **kw
     __tracebackhide__ = True
     if _kind_of(callable) == "generator":
         items: Any = _iterate(_Call(callable, sends="send_all"), args, kwargs)
-        return items  # type: ignore[no-any-return]
+        return items  # type: ignore[no-any-return,unused-ignore]
     result: R = _run(_Call(callable), args, kwargs)
     return result
 
@@ -2097,7 +2205,7 @@ async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *ar
 
 
 def _kind_of(function: Any) -> str:
-    """Whether it is a generator function, an asynchronous one, or neither (""); partials and methods are looked through."""
+    """Whether it is a generator function, an asynchronous one, or neither; partials and methods are looked through."""
     while type(function) in (functools.partial, types.MethodType):
         function = function.func if type(function) is functools.partial else function.__func__
     flags = function.__code__.co_flags if type(function) is types.FunctionType else 0
@@ -2151,7 +2259,7 @@ def _isolate(function: Any, timeout: float | None, memory_limit: int | None) -> 
         __tracebackhide__ = True
         return await _run_async(_Call(function, timeout, memory_limit), args, kwargs)
 
-    def generator(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def generator(*args: Any, **kwargs: Any) -> Generator[Any, None, Any]:
         __tracebackhide__ = True
         return (yield from _iterate(_Call(function, timeout, memory_limit, "send_all"), args, kwargs))
 

@@ -35,6 +35,7 @@ import operator
 import os
 import pickle
 import pty
+import queue
 import random
 import re
 import resource
@@ -51,6 +52,8 @@ import time
 import traceback
 import types
 import typing
+import warnings
+import weakref
 from pathlib import Path
 
 import mem_isolate
@@ -1006,6 +1009,19 @@ def an_exception_of_a_local_class():
     return LocalError("nobody can import me")
 
 
+def test_exception_of_a_class_that_was_there_at_the_fork_arrives_though_no_name_leads_to_it():
+    error = an_exception_of_a_local_class()
+    with pytest.raises(type(error), match="nobody can import me"):
+        execute_in_isolated_process(raise_it, error)
+    with pytest.raises(pytest.fail.Exception, match="as pytest says it"):
+        execute_in_isolated_process(pytest.fail, "as pytest says it")
+
+
+def test_exception_of_a_class_made_in_the_child_is_told_with_its_type_and_traceback():
+    told = failure(mem_isolate.SerializationError, lambda: raise_it(an_exception_of_a_local_class()))
+    assert "LocalError" in str(told) and "Traceback (most recent call last)" in str(told)
+
+
 class PicklesAs(Exception):
     """An exception whose ``__reduce__`` returns what it is told, or raises it."""
 
@@ -1024,14 +1040,13 @@ class PicklesAs(Exception):
     [
         changed(ValueError("locked"), lock=threading.Lock()),
         ValueError(lambda: None),
-        an_exception_of_a_local_class(),
         PicklesAs(ZeroDivisionError("no pickling")),
         PicklesAs(SystemExit(0)),
         PicklesAs((raise_it, (ZeroDivisionError("no unpickling"),))),
         PicklesAs((int, ("5",))),
         PicklesAs(5),
     ],
-    ids=["attribute", "argument", "class", "reduce raises", "reduce exits", "load raises", "loads int", "nonsense"],
+    ids=["attribute", "argument", "reduce raises", "reduce exits", "load raises", "loads int", "nonsense"],
 )
 def test_exception_that_cannot_travel_is_told_with_its_type_and_traceback(error):
     told = failure(mem_isolate.SerializationError, raise_it, error)
@@ -1629,7 +1644,7 @@ def test_where_the_end_cannot_be_learnt_the_stage_is_still_right(stage, kind, mo
 
 def interrupted_waitpid(monkeypatch):
     """Let ``waitpid`` fail with EINTR three times, then work; return the list of its calls."""
-    waitpid, calls = mem_isolate._libc_waitpid, []
+    waitpid, calls = mem_isolate._libc_wait4, []
 
     def replacement(*arguments):
         calls.append(arguments)
@@ -1638,8 +1653,8 @@ def interrupted_waitpid(monkeypatch):
             return -1
         return waitpid(*arguments)
 
-    monkeypatch.setattr(mem_isolate, "_libc_waitpid", replacement)
-    monkeypatch.setattr(mem_isolate, "_libc_waitpid_nohang", replacement)
+    monkeypatch.setattr(mem_isolate, "_libc_wait4", replacement)
+    monkeypatch.setattr(mem_isolate, "_libc_wait4_nohang", replacement)
     return calls
 
 
@@ -1669,7 +1684,7 @@ def deeply_nested(depth=200_000):
 @pytest.mark.parametrize(
     "make, word",
     [
-        (some_generator, "generator"),
+        (lambda: some_generator(), "generator"),
         (threading.Lock, "lock"),
         (lambda: lambda: None, "function"),
         (lambda: sys.__stderr__, "TextIOWrapper"),
@@ -3580,16 +3595,6 @@ def test_kept_results_use_few_mappings():
     assert all(len(result.buffer) == 100_000 for result in results)
 
 
-@pytest.mark.parametrize("module", ["missing", "half imported"])
-def test_call_beside_an_import_of_asyncio(monkeypatch, module):
-    """The module is in sys.modules before anything is in it, or is taken out of there in the child."""
-    monkeypatch.setitem(sys.modules, "asyncio", types.ModuleType("asyncio"))
-    if module == "missing":
-        monkeypatch.setattr(mem_isolate._Call, "child_setup", lambda self: [mem_isolate._leave_event_loop])
-        monkeypatch.delitem(sys.modules, "asyncio")
-    assert execute_in_isolated_process(int, "5") == 5
-
-
 @linux_only
 def test_later_child_cannot_scribble_on_a_call_in_flight():
     in_fresh_process(scribble_while_another_call_is_in_flight)
@@ -3707,22 +3712,6 @@ def change_the_mask_in_a_handler():
 
 def test_mask_that_a_handler_set_during_the_call_stays():
     in_fresh_process(change_the_mask_in_a_handler)
-
-
-def read_what_a_traceback_keeps():
-    mem_isolate._libc_fork = lambda: -1
-    with pytest.raises(mem_isolate.ForkError) as caught:
-        execute_in_isolated_process(int)
-    values = [value for frame, _ in traceback.walk_tb(caught.value.__traceback__) for value in frame.f_locals.values()]
-    views = [item for value in values if isinstance(value, tuple) for item in value if isinstance(item, memoryview)]
-    assert views, "the frame does not hold what this test is about"
-    for view in views:
-        with pytest.raises(ValueError, match="released"):
-            view.tolist()
-
-
-def test_what_a_traceback_keeps_of_a_call_is_no_memory():
-    in_fresh_process(read_what_a_traceback_keeps)
 
 
 def raise_with_a_buffer():
@@ -3890,7 +3879,7 @@ async def sleep_in_a_loop():
         sleep_in_a_loop,
     ],
 )
-def test_timeout_ends_any_callable_within_50_ms_of_the_limit(endless):
+def test_timeout_ends_any_callable_soon_after_the_limit(endless):
     limited = isolated(timeout=0.1)(endless)
     late = []
     for _ in range(3):  # a busy machine may delay one of them
@@ -3901,9 +3890,9 @@ def test_timeout_ends_any_callable_within_50_ms_of_the_limit(endless):
         assert late[-1] > -0.001
         assert caught.value.timeout == 0.1
         assert not has_children()
-        if late[-1] < 0.05:
+        if late[-1] < 0.15:
             break
-    assert min(late) < 0.05
+    assert min(late) < 0.15  # of which 0.1 s are for the child to say where it hangs
 
 
 def test_timeout_error_is_a_builtin_timeout_error_and_can_be_copied():
@@ -3929,13 +3918,6 @@ def test_long_timeout_lets_the_callable_end(timeout):
         isolated(timeout=timeout)(divmod)(1, 0)
     with pytest.raises(KilledBySignalError):
         isolated(timeout=timeout)(die_by_sigkill)()
-
-
-def test_looks_at_the_child_stay_frequent_however_long_it_runs():
-    """Where nothing wakes the caller; the 2,000th look comes after half a minute."""
-    call = mem_isolate._Call(int, timeout=1e6)
-    pauses = [call.pause(looks) for looks in (0, 1, 10, 2_000, 10**9)]
-    assert pauses == sorted(pauses) and 0 < pauses[0] and pauses[-1] <= 0.02
 
 
 @linux_only
@@ -5984,3 +5966,1104 @@ def test_huge_pages_of_another_size_give_zero(monkeypatch, tmp_path):
 
     monkeypatch.setattr(mem_isolate, "open", other_size, raising=False)
     assert mem_isolate.use_huge_pages() == 0
+
+
+# ------------------------------------------------- Every failure says where, what it cost, and spares the parent
+
+FRAME = re.compile(r'File "([^"]+)", line (\d+),? in ([\w<>]+)')
+C_CODE, LOCK = ctypes.CDLL(None), threading.Lock()
+
+
+def failure_of(kind, call, *arguments):
+    """The error of exactly this class that a call raises, and the frames that its cause shows, as {name: line}."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    with pytest.raises(MemIsolateError) as caught:
+        call(*arguments)
+    error = caught.value
+    assert type(error) is kind, repr(error)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert (type(twin), str(twin), vars(twin)) == (kind, str(error), vars(error))
+    frames = FRAME.findall(str(error.__cause__))
+    assert mem_isolate.__file__ not in [file for file, _, _ in frames], str(error.__cause__)
+    assert "failure_of" not in [name for _, _, name in frames], str(error.__cause__)  # it lies above the call
+    return error, {name: int(line) for _, line, name in frames}
+
+
+def names(error, frames, *functions):
+    """Whether the message alone, often all that a log keeps, names these functions and their lines, in this order."""
+    return re.search(".*".join(rf"\b{function}\b.*\b{frames[function]}\b" for function in functions), str(error))
+
+
+@pytest.fixture(params=["disable", "enable"])
+def either_way(request):
+    """The test runs with and without a faulthandler that the user enabled in the parent."""
+    before = faulthandler.is_enabled()
+    getattr(faulthandler, request.param)()
+    yield
+    assert faulthandler.is_enabled() == (request.param == "enable")
+    (faulthandler.enable if before else faulthandler.disable)()
+
+
+def go_wrong(function, *arguments):
+    return function(*arguments)
+
+
+def read_beyond_the_end_of_a_file():
+    with tempfile.TemporaryFile() as file:
+        file.truncate(mmap.PAGESIZE)
+        page = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        file.truncate(0)
+        return page[0]
+
+
+FAULTS = [signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL]
+CRASHES = [
+    (signal.SIGSEGV, ctypes.string_at, 0),
+    (signal.SIGBUS, read_beyond_the_end_of_a_file),
+    (signal.SIGABRT, os.abort),
+    *[(signal.SIGFPE, C_CODE.div, 1, 0)] * (os.uname().machine == "x86_64"),  # others divide by zero without a word
+    *[(number, signal.raise_signal, number) for number in FAULTS],
+]
+
+
+@pytest.mark.parametrize("crash", CRASHES, ids=lambda crash: f"{crash[0].name} by {crash[1].__name__}")
+def test_a_crash_tells_where(crash, either_way):
+    error, frames = failure_of(KilledBySignalError, execute_in_isolated_process, go_wrong, *crash[1:])
+    assert error.signal is crash[0] and error.signal.name in str(error)
+    innermost = [crash[1].__name__] * isinstance(crash[1], types.FunctionType)  # a function of C has no frame
+    assert set(frames) == {*innermost, "go_wrong"} and frames["go_wrong"] == go_wrong.__code__.co_firstlineno + 1
+    assert names(error, frames, *innermost[:1] or ["go_wrong"])
+    with pytest.raises(ZeroDivisionError) as raised:
+        execute_in_isolated_process(divmod, 1, 0)
+    assert type(error.__cause__) is type(raised.value.__cause__)
+
+
+async def go_wrong_in_a_loop(function, *arguments):
+    await asyncio.sleep(0)
+    go_wrong(function, *arguments)
+
+
+def go_wrong_beside_a_thread(function):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    go_wrong(function)
+
+
+def call_in_a_loop(*arguments):
+    return asyncio.run(execute_in_isolated_process_async(*arguments))
+
+
+SEGFAULT = functools.partial(go_wrong, ctypes.string_at, 0)
+OVERFLOW = functools.partial(go_wrong, faulthandler._stack_overflow)
+STOP = functools.partial(signal.raise_signal, signal.SIGSTOP)
+CRASHES_WHEN_PICKLED = types.SimpleNamespace(__reduce_ex__=lambda protocol: SEGFAULT())
+DEEP = functools.reduce(lambda function, _: functools.partial(go_wrong, function), range(300), SEGFAULT)
+NAMESAKE = compile("string_at(0)", "/srv/mem_isolate.py", "eval")
+SEGFAULTS = {  # and the names of all its frames, the innermost first, or of some where the last is "..."
+    "timeout": (isolated(timeout=60)(SEGFAULT), ["string_at", "go_wrong"]),
+    "thread": (lambda: in_thread(isolated(SEGFAULT)), ["string_at", "go_wrong"]),
+    "busy threads": (background_threads(burn_the_gil, burn_the_gil)(isolated(SEGFAULT)), ["string_at", "go_wrong"]),
+    "async": (lambda: call_in_a_loop(SEGFAULT), ["string_at", "go_wrong"]),
+    "async def": (lambda: call_in_a_loop(go_wrong_in_a_loop, SEGFAULT), ["string_at", "go_wrong_in_a_loop", "..."]),
+    "generator": (lambda: list(isolated(lambda: (yield SEGFAULT()))()), ["string_at", "go_wrong", "<lambda>"]),
+    "pickled": (isolated(lambda: CRASHES_WHEN_PICKLED), ["string_at", "go_wrong", "<lambda>"]),
+    "deep": (isolated(DEEP), ["string_at", "go_wrong"]),
+    "namesake": (isolated(lambda: eval(NAMESAKE, vars(ctypes))), ["string_at", "<module>", "<lambda>"]),
+    "beside a thread": (lambda: isolated(go_wrong_beside_a_thread)(SEGFAULT), ["string_at", "_bootstrap", "..."]),
+    "in a thread": (lambda: isolated(in_thread)(SEGFAULT), ["string_at", "in_thread", "..."]),
+    "overflow": (isolated(OVERFLOW), ["go_wrong"]),
+    "overflow, thread": (lambda: in_thread(isolated(OVERFLOW)), ["go_wrong"]),
+}
+
+
+@pytest.mark.parametrize("way", SEGFAULTS)
+def test_a_crash_tells_where_however_it_was_called(way, either_way):
+    call, expected = SEGFAULTS[way]
+    error, frames = failure_of(ResultDeliveryError if way == "pickled" else KilledBySignalError, call)
+    assert error.signal is signal.SIGSEGV and names(error, frames, expected[0])
+    assert set(expected) - {"..."} <= set(frames) and "call_in_a_loop" not in frames, str(error.__cause__)
+    assert set(frames) <= set(expected) or expected[-1] == "...", str(error.__cause__)
+
+
+def test_its_own_frames_are_left_out_wherever_the_file_lies():
+    code = compile(Path(mem_isolate.__file__).read_bytes(), "/srv/\N{LATIN SMALL LETTER E WITH ACUTE}.py", "exec")
+    exec(code, elsewhere := {"__name__": "elsewhere"})
+    with pytest.raises(elsewhere["KilledBySignalError"]) as caught:
+        elsewhere["execute_in_isolated_process"](SEGFAULT)
+    assert {name for _, _, name in FRAME.findall(str(caught.value.__cause__))} == {"string_at", "go_wrong"}
+
+
+def loop():
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("end", [SEGFAULT, loop, STOP, lambda: [faulthandler.disable(), SEGFAULT()]])
+def test_the_crash_of_a_grandchild_is_not_taken_for_the_childs(end, either_way):
+    def call():
+        grandchild = os.fork()
+        os.waitpid(grandchild, 0) if grandchild else read_beyond_the_end_of_a_file()
+        end()
+
+    kind = CallableTimeoutError if end in (loop, STOP) else KilledBySignalError
+    error, frames = failure_of(kind, isolated(timeout=0.5)(call))
+    assert ("call" in frames) == (end in (SEGFAULT, loop))  # the others leave no stack
+    assert not re.search("read_beyond|SIGBUS", f"{error} {error.__cause__}")
+
+
+def handle_every_signal_by(handler):
+    for number in signal.valid_signals():
+        with contextlib.suppress(OSError):
+            signal.signal(number, handler)
+    loop()
+
+
+HANGS = {  # and frames that the error has, the innermost first
+    "loop": (loop, ["loop"]),
+    "C with the GIL": (lambda: go_wrong(ctypes.PyDLL(None).sleep, 60), ["go_wrong", "<lambda>"]),
+    "lock": (lambda: [LOCK.acquire(), go_wrong(LOCK.acquire)], ["go_wrong", "<lambda>"]),
+    "async def": (functools.partial(go_wrong_in_a_loop, time.sleep, 60), ["go_wrong", "go_wrong_in_a_loop"]),
+    "awaiting": (functools.partial(asyncio.sleep, 60), ["select", "run_forever"]),
+    "beside a thread": (lambda: go_wrong_beside_a_thread(loop), ["loop", "go_wrong", "_bootstrap"]),
+    "in a call of its own": (lambda: go_wrong(isolated(time.sleep), 60), ["go_wrong", "<lambda>"]),
+    "all blocked": (lambda: [signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()), loop()], []),
+    "all handled": (lambda: handle_every_signal_by(lambda *_: None), []),
+    "all ignored": (lambda: handle_every_signal_by(signal.SIG_IGN), []),
+    "stopped": (STOP, []),
+}
+
+
+@pytest.mark.parametrize("hang", HANGS)
+def test_a_timeout_tells_where_it_hung_and_comes_in_time(hang, either_way):
+    limited, expected = isolated(timeout=0.3)(HANGS[hang][0]), HANGS[hang][1]
+    call, late = functools.partial(asyncio.run, limited()) if inspect.iscoroutinefunction(limited) else limited, []
+    while not late or min(late) >= 0.15 and len(late) < 3:  # a busy machine may delay one of them
+        start = time.perf_counter()
+        error, frames = failure_of(CallableTimeoutError, call)
+        late.append(time.perf_counter() - start - 0.3)
+        assert error.timeout == 0.3 and set(expected) <= set(frames), str(error.__cause__)
+        assert names(error, frames, *expected[:1]) and "memory" not in str(error)
+        assert_no_child_is_left()
+        with pytest.raises(ProcessLookupError):
+            os.kill(error.pid, 0)
+    assert -0.001 < min(late) < 0.15
+
+
+def use(seen, function, *arguments):
+    seen[0], used = os.getpid(), b"x" * (64 * MIB)
+    while time.process_time() < 0.1:
+        pass
+    return function(*arguments) if used else None
+
+
+def says_size(text, size):
+    sizes = re.findall(r"(\d+(?:\.\d+)?)\s*(b|Ki?B|Mi?B|Gi?B)", text.replace(",", ""))
+    return any(abs(float(number) * 1024 ** "bKMG".index(unit[0]) - size) < size / 10 for number, unit in sizes)
+
+
+COSTS = {  # the class of what the call raises, if anything
+    "result": (None, int),
+    "exception": (None, divmod, 1, 0),
+    "crash": (KilledBySignalError, ctypes.string_at, 0),
+    "SIGKILL": (KilledBySignalError, signal.raise_signal, signal.SIGKILL),
+    "exit": (mem_isolate.UnexpectedExitStatusError, os._exit, 3),
+    "timeout": (CallableTimeoutError, time.sleep, 60),
+    "no pickle": (SerializationError, threading.Lock),
+    "no unpickling": (DeserializationError, lambda: types.SimpleNamespace(__reduce_ex__=lambda _: (int, ("x",)))),
+    "exit when pickled": (ResultDeliveryError, lambda: types.SimpleNamespace(__reduce_ex__=os._exit)),
+}
+
+
+@pytest.mark.parametrize("outcome", COSTS)
+def test_errors_and_debug_records_tell_pid_memory_and_time(outcome, caplog):
+    kind, *call = COSTS[outcome]
+    seen, limited = shared_numbers(1), isolated(timeout=2 if kind is CallableTimeoutError else 60)(use)
+    with caplog.at_level(logging.DEBUG, "mem_isolate"), contextlib.suppress(ZeroDivisionError):
+        error = failure_of(kind, limited, seen, *call)[0] if kind else limited(seen, *call) and None
+    (record,) = caplog.records
+    text, pid, memory, seconds = record.getMessage(), record.child_pid, record.peak_memory, record.cpu_time
+    assert pid == seen[0] and 0.09 < seconds < 10
+    inherited = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE if sys.platform == "linux" else 0
+    assert max(64 * MIB, inherited) < memory < 150 * MIB + inherited
+    assert re.search(rf"\b{pid}\b", text) and says_size(text, memory), text
+    assert any(abs(float(number) - seconds) < 0.01 for number in re.findall(r"\d+\.\d+", text)), text
+    if kind:
+        assert (error.pid, error.peak_memory, error.cpu_time) == (pid, memory, seconds)
+        assert bool(re.search("out.of.memory|memory ran out", str(error), re.IGNORECASE)) == (outcome == "SIGKILL")
+        assert outcome != "SIGKILL" or says_size(str(error), memory)
+
+
+def test_what_a_call_cost_is_none_where_it_cannot_be_known():
+    seen = shared_numbers(1)
+
+    def without_descriptors():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        isolated(int)()
+
+    def without_sigchld():
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        isolated(use)(seen, os._exit, 3)
+
+    for kind, call in (mem_isolate.RegionCreationError, without_descriptors), (mem_isolate.WaitError, without_sigchld):
+        with pytest.raises(kind) as caught:
+            execute_in_isolated_process(call)  # which is a caller itself: its error arrives as it is
+        assert (caught.value.pid, caught.value.peak_memory, caught.value.cpu_time) == (seen[0] or None, None, None)
+
+
+def oom_score():
+    return int(Path("/proc/self/oom_score_adj").read_text())
+
+
+def assert_oom_score_stays(score):
+    """From when the parent sleeps, and so has done what it had to do, for half a second, should it look again."""
+    wait_until(lambda: Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[0] == "S")
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        assert oom_score() == score
+
+
+def oom_scores_of_children():
+    for own in sorted({oom_score(), max(oom_score(), 900)}):
+        Path("/proc/self/oom_score_adj").write_text(str(own))
+        raised = functools.partial(wait_until, lambda own=own: oom_score() == min(own + 300, 1000))
+        for call in (execute_in_isolated_process, isolated(timeout=60)(go_wrong), call_in_a_loop):
+            call(raised)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        execute_in_isolated_process(assert_oom_score_stays, own)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        assert oom_score() == own
+    if os.geteuid() == 0:
+        os.setuid(65534)  # who may not write there, since the process was root's
+        execute_in_isolated_process(assert_oom_score_stays, own)
+
+
+@linux_only
+def test_the_child_is_the_first_that_the_kernel_kills_for_memory():
+    assert in_fresh_process(oom_scores_of_children) == ""
+
+
+def dispositions():
+    """What libc's ``sigaction`` says of every signal: it knows C handlers, which ``signal.getsignal`` does not."""
+    answers = {number: ctypes.create_string_buffer(256) for number in range(1, signal.NSIG)}
+    told = {number: answer.raw for number, answer in answers.items() if C_CODE.sigaction(number, None, answer) == 0}
+    # Handler, mask and flags, without the one that libc adds by itself.
+    return {n: (raw[:16], int.from_bytes(raw[136:140], "little") & ~0x4000000) for n, raw in told.items()}
+
+
+def assert_told(crashes):
+    before, enabled = dispositions(), faulthandler.is_enabled()
+    for number, *crash in crashes:
+        error, frames = failure_of(KilledBySignalError, isolated(go_wrong), *crash)
+        assert error.signal is number and "go_wrong" in frames
+    assert "loop" in failure_of(CallableTimeoutError, isolated(timeout=0.2)(loop))[1]
+    assert dispositions() == before and faulthandler.is_enabled() == enabled
+
+
+def fail_beside_handlers(mode, path):
+    file, heard = open(path, "wb"), []
+    faulthandler.enable(file, all_threads=False) if mode == "enable" else faulthandler.disable()
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    assert_told(CRASHES)
+    real_time = range(getattr(signal, "SIGRTMIN", 1), getattr(signal, "SIGRTMAX", 0) + 1)
+    handled = [signal.SIGFPE, signal.SIGABRT, *real_time]
+    for number in handled:
+        signal.signal(number, lambda number, _: heard.append(number))
+    signal.signal(signal.SIGFPE, signal.SIG_IGN)
+    C_CODE.signal(signal.SIGSEGV, ctypes.cast(C_CODE._exit, ctypes.c_void_p))
+    for limited in (isolated, isolated(timeout=60)):
+        error, frames = failure_of(mem_isolate.UnexpectedExitStatusError, limited(SEGFAULT))
+        assert error.exit_status == signal.SIGSEGV and frames == {}
+        assert limited(lambda: list(map(signal.raise_signal, handled)) and heard)() == handled[1:] and not heard
+        changed = {number for number, _ in dispositions().items() - limited(dispositions)().items()}
+        assert not changed & {signal.SIGSEGV, *handled}
+    if real_time:
+        assert failure_of(CallableTimeoutError, isolated(timeout=0.2)(loop))[1] == {}
+        signal.signal(real_time[-2], signal.SIG_DFL)
+    assert_told([crash for crash in CRASHES if crash[0] in (signal.SIGBUS, signal.SIGILL)])  # nobody else's
+    os.truncate(path, 0)
+    signal.raise_signal(signal.SIGILL)
+
+
+@pytest.mark.parametrize("mode", ["disable", "enable"])
+def test_handlers_and_faulthandler_of_others_are_left_alone_and_nothing_is_printed(mode, tmp_path):
+    path = tmp_path / "dump"
+    assert in_fresh_process(fail_beside_handlers, mode, path, expect=-signal.SIGILL) == ""
+    dump = path.read_text()  # of the parent's crash, without all its threads, for the user did not ask for them
+    assert ("fail_beside_handlers" in dump) == (mode == "enable") and "_bootstrap" not in dump
+
+
+def test_a_faulthandler_that_the_callable_enables_or_disables_is_its_own(tmp_path, either_way):
+    dump = tmp_path / "dump"
+    assert "go_wrong" in failure_of(KilledBySignalError, isolated(SEGFAULT))[1]
+    for change in (faulthandler.disable, lambda: faulthandler.enable(dump.open("wb"))):
+        error, frames = failure_of(KilledBySignalError, isolated(lambda change: [change(), SEGFAULT()]), change)
+        assert error.signal is signal.SIGSEGV and "SIGSEGV" in str(error) and frames == {}
+    assert "go_wrong" in dump.read_text()
+
+
+def fill_descriptors_and(function, path, first):
+    os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    number = os.open(str(path), os.O_RDWR | os.O_CREAT)
+    while number < 600:
+        number = os.dup(number)
+    go_wrong(function)
+
+
+@pytest.mark.parametrize("kind, function", [(KilledBySignalError, SEGFAULT), (CallableTimeoutError, loop)])
+def test_a_callable_that_reuses_descriptors_gets_no_dump_in_its_files(tmp_path, kind, function, either_way):
+    for first in (3, 10**6):  # it closes all, or none
+        _, frames = failure_of(kind, isolated(timeout=2)(fill_descriptors_and), function, tmp_path / "file", first)
+        assert (tmp_path / "file").read_bytes() == b""
+    assert "go_wrong" in frames
+
+
+def test_a_crash_is_told_with_few_descriptors_and_stays_what_it_is_with_small_files(either_way):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    try:
+        assert "go_wrong" in failure_of(KilledBySignalError, isolated(SEGFAULT))[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    call = isolated(lambda: [resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)), SEGFAULT()])
+    assert failure_of(KilledBySignalError, call)[0].signal is signal.SIGSEGV
+
+
+# ------------------------------------------------------------------------------------------- Generators and the stream
+
+
+def countdown(start):
+    for number in range(start, 0, -1):
+        yield number
+    return "done"
+
+
+async def countdown_async(start):
+    for number in range(start, 0, -1):
+        await asyncio.sleep(0)
+        yield number
+
+
+def yield_then(end, *arguments):
+    yield "first"
+    yield holder_of(100_000)
+    end(*arguments)
+
+
+def test_generator_function_runs_in_one_child_item_by_item():
+    pids = list(isolated(lambda count: (yield from (os.getpid() for _ in range(count))))(5))
+    assert len(set(pids)) == 1 and pids[0] != os.getpid()
+    limited = isolated(countdown)
+    assert inspect.isgeneratorfunction(limited) and limited.__name__ == "countdown"
+    assert list(limited(1000)) == list(range(1000, 0, -1))
+    assert list(execute_in_isolated_process(countdown, 3)) == [3, 2, 1]
+    assert list(execute_in_isolated_process(functools.partial(countdown, 2))) == [2, 1]
+    items = limited(1)
+    assert next(items) == 1
+    with pytest.raises(StopIteration) as stop:
+        next(items)
+    assert stop.value.value == "done"
+
+
+def test_nothing_is_forked_before_the_first_item_is_asked_for(monkeypatch):
+    items = isolated(countdown)(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(mem_isolate, "_libc_fork", lambda: -1)
+        with pytest.raises(mem_isolate.ForkError):
+            next(items)
+    assert list(isolated(countdown)(1)) == [1]
+
+
+def test_item_arrives_as_soon_as_it_is_yielded():
+    go_on = shared_numbers(1)
+
+    def wait_between():
+        yield 1
+        wait_until(lambda: go_on[0])
+        yield 2
+
+    items = isolated(timeout=20)(wait_between)()
+    assert next(items) == 1
+    go_on[0] = 1
+    assert list(items) == [2]
+
+
+@pytest.mark.parametrize(
+    "end, arguments, kind",
+    [
+        (raise_it, (KeyError("raised"),), KeyError),
+        (kill_self, (signal.SIGKILL,), KilledBySignalError),
+        (ctypes.string_at, (0,), KilledBySignalError),
+        (os._exit, (3,), mem_isolate.UnexpectedExitStatusError),
+        (time.sleep, (60,), CallableTimeoutError),
+    ],
+    ids=["exception", "SIGKILL", "SIGSEGV", "exit", "timeout"],
+)
+def test_what_was_yielded_before_a_failure_arrives_first(end, arguments, kind):
+    items = isolated(timeout=2)(yield_then)(end, *arguments)
+    assert next(items) == "first"
+    assert next(items) == holder_of(100_000)
+    with pytest.raises(kind) as caught:
+        next(items)
+    assert end in (kill_self, os._exit) or "yield_then" in str(caught.value.__cause__)
+    assert list(items) == []
+    assert_no_child_is_left()
+
+
+def test_item_that_cannot_be_pickled_is_a_serialization_error_after_the_others():
+    def yield_a_lock():
+        yield 1
+        yield threading.Lock()
+
+    items = isolated(yield_a_lock)()
+    assert next(items) == 1
+    with pytest.raises(SerializationError, match="lock"):
+        next(items)
+
+
+@pytest.mark.parametrize("leave", ["close", "forget", "break", "interrupt"])
+def test_leaving_a_generator_kills_and_reaps_its_child(leave):
+    items = isolated(lambda: (yield from itertools.count()))()
+    assert next(items) == 0
+    if leave == "close":
+        items.close()
+    elif leave == "forget":
+        del items
+    elif leave == "break":
+        for number in items:
+            if number > 2:
+                break
+        del items
+    else:
+        with pytest.raises(ZeroDivisionError):
+            items.throw(ZeroDivisionError)
+    assert_no_child_is_left()
+
+
+def test_generators_may_be_zipped_nested_and_mixed_with_calls():
+    three = [isolated(countdown)(50) for _ in range(3)]
+    for triple in zip(*three):
+        assert execute_in_isolated_process(square, triple[0]) == triple[0] ** 2
+        assert len(set(triple)) == 1
+    assert execute_in_isolated_process(lambda: list(isolated(countdown)(3))) == [3, 2, 1]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda count: sum(isolated(countdown)(count)), [10, 20, 30, 40])) == [55, 210, 465, 820]
+
+
+def test_items_of_all_sizes_come_back_in_order_and_belong_to_the_parent():
+    sizes = [0, 1, 60_000, 65_535, 65_536, 100_000, 300_000, 5 * MIB, 3]
+
+    def yield_sizes():
+        for size in sizes:
+            yield patterned(size, size % 7)
+            yield holder_of(size, size % 7)
+            yield [holder_of(10), "x" * size, holder_of(size, 2)]
+
+    kept = list(isolated(yield_sizes)())
+    expected = [item for size in sizes for item in (patterned(size, size % 7), holder_of(size, size % 7))]
+    assert [item for number, item in enumerate(kept) if number % 3 < 2] == expected
+    assert [kept[number] for number in range(2, len(kept), 3)] == [
+        [holder_of(10), "x" * size, holder_of(size, 2)] for size in sizes
+    ]
+
+
+def test_child_runs_ahead_of_its_reader_only_so_far():
+    made = shared_numbers(1)
+
+    def make_many():
+        for _ in range(300):
+            made[0] += 1
+            yield bytes(MIB)
+
+    items = isolated(make_many)()
+    next(items)
+    wait_until(lambda: made[0] >= 64)
+    next(items)
+    assert made[0] <= 70
+    assert sum(len(item) for item in items) == 298 * MIB
+    assert made[0] == 300
+
+
+def test_large_return_value_of_a_generator_arrives():
+    def yield_and_return():
+        yield from range(1000)
+        return patterned(MIB)
+
+    def delegate():
+        result = yield from isolated(yield_and_return)()
+        yield result
+
+    assert list(delegate())[-1] == patterned(MIB)
+
+
+def test_async_generator_function_gives_an_asynchronous_iterator():
+    async def collect(items):
+        return [item async for item in items]
+
+    async def use():
+        decorated = isolated(timeout=30)(countdown_async)
+        assert inspect.isasyncgenfunction(decorated)
+        assert await collect(decorated(300)) == list(range(300, 0, -1))
+        assert await collect(await execute_in_isolated_process_async(countdown, 3)) == [3, 2, 1]
+        items = decorated(10**9)
+        assert await items.__anext__() == 10**9
+        await items.aclose()
+
+    asyncio.run(use())
+    assert_no_child_is_left()
+
+
+def test_iterator_of_the_parent_is_refused_in_a_child():
+    items = isolated(countdown)(100)
+    assert next(items) == 100
+    with pytest.raises(RuntimeError, match="another process|belongs to the process"):
+        execute_in_isolated_process(next, items)
+    assert next(items) == 99
+    items.close()
+
+
+def test_large_result_is_rebuilt_while_it_is_made_and_the_collectors_state_is_the_users():
+    def thresholds_of(size):
+        return [gc.get_threshold() for _ in range(1)] and [{"number": number} for number in range(size)]
+
+    before = gc.get_threshold()
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            assert execute_in_isolated_process(thresholds_of, 100_000)[-1] == {"number": 99_999}
+            with pytest.raises(SerializationError):
+                execute_in_isolated_process(lambda: [*thresholds_of(100_000), threading.Lock()])
+            assert gc.isenabled() == enabled and gc.get_threshold() == before
+        finally:
+            gc.enable()
+
+
+def test_failure_half_way_through_a_large_result_counts():
+    with pytest.raises(SerializationError, match="list"):
+        execute_in_isolated_process(lambda: [bytes(MIB)] * 1 + list(range(300_000)) + [threading.Lock()])
+    error = failure(ResultDeliveryError, lambda: [bytes(3 * MIB), DiesWhenPickled()])
+    assert error.signal == signal.SIGKILL
+
+
+class DiesWhenPickled:
+    def __reduce__(self):
+        kill_self(signal.SIGKILL)
+
+
+# ------------------------------------------------- A child inherits everything and finalises nothing
+
+
+def alone(test):
+    """Let a test run in a new interpreter, in silence; there it has another name, which no mark takes away."""
+    run = functools.wraps(test)(lambda **values: silent(in_fresh_process(test, *values.values(), timeout=40)))
+    test.__name__ = f"alone_{test.__name__}"
+    globals()[test.__name__] = test
+    return run
+
+
+def silent(output):
+    assert output == ""
+
+
+def error_of(call, *arguments):
+    try:
+        return f"no error, but {call(*arguments)!r}"
+    except BaseException as error:
+        return error
+
+
+def forms(function):
+    """The forms that a call can have; the last three run an event loop."""
+
+    async def coroutine(*arguments):
+        return function(*arguments)
+
+    async def generator(*arguments):
+        yield function(*arguments)
+
+    async def exhaust(*arguments):
+        return [item async for item in isolated(generator)(*arguments)]
+
+    yield functools.partial(execute_in_isolated_process, function)
+    yield isolated(function)
+    yield lambda *arguments: list(isolated(lambda: (yield function(*arguments)))())
+    for use in (functools.partial(execute_in_isolated_process_async, function), isolated(coroutine), exhaust):
+        yield lambda *arguments: asyncio.run(use(*arguments))
+
+
+class Tell:
+    """Writes its name and the process in which it is finalised to a file."""
+
+    def __init__(self, path, name):
+        self.path, self.name = path, name
+
+    def __del__(self, open=os.open, flags=os.O_WRONLY | os.O_APPEND | os.O_CREAT, write=os.write, close=os.close):
+        file = open(str(self.path), flags)
+        write(file, f"{os.getpid()} {self.name}\n".encode())
+        close(file)
+
+
+@alone
+def test_what_other_threads_own_is_finalised_in_the_parent_alone(tmp_path):
+    """Values of threading.local and of context variables, also of a context that a thread is running in."""
+    path, local, variable = Path(tmp_path, "finalised"), threading.local(), contextvars.ContextVar("variable")
+    ready, done = threading.Semaphore(0), threading.Event()
+    local.value = "mine"
+    variable.set("mine too")
+
+    def wait(name, depth, most):
+        variable.set(Tell(path, f"{name}, context {depth}"))
+        if depth < most:
+            return contextvars.copy_context().run(wait, name, depth + 1, most)
+        local.value = Tell(path, f"{name}, local")
+        ready.release()
+        done.wait()
+
+    def look():
+        gc.collect()
+        return getattr(local.value, "name", local.value), variable.get()
+
+    def call_from_a_thread():
+        local.value = Tell(path, "caller's")
+        variable.set("caller's too")
+        return execute_in_isolated_process(look)
+
+    threads = [threading.Thread(target=wait, args=(n, 0, n % 3), daemon=True) for n in range(6)]
+    for thread in threads:
+        thread.start()
+        ready.acquire()
+    for _ in range(10):
+        assert execute_in_isolated_process(look) == ("mine", "mine too")
+        assert type(error_of(execute_in_isolated_process, sys.exit)) is SystemExit
+    assert not path.exists(), f"finalised in children of {os.getpid()}:\n{path.read_text()}"
+    assert in_thread(call_from_a_thread) == ("caller's", "caller's too")
+    done.set()
+    for thread in threads:
+        thread.join()
+    expected = [f"{n}, context {depth}" for n in range(6) for depth in range(n % 3 + 1)]
+    expected += [*(f"{n}, local" for n in range(6)), "caller's"]
+    wait_until(lambda: len(path.read_text().splitlines()) >= len(expected))
+    assert sorted(path.read_text().splitlines()) == sorted(f"{os.getpid()} {name}" for name in expected)
+
+
+@alone
+def test_cyclic_garbage_of_a_parent_with_one_thread_is_finalised_there_alone(tmp_path):
+    """The collector is due after every possible number of allocations: so at some point in a child, too."""
+    path = Path(tmp_path, "finalised")
+    for number in range(400):
+        gc.disable()
+        garbage = Tell(path, number)
+        garbage.itself = garbage
+        del garbage
+        gc.set_threshold(gc.get_count()[0] + number, 10, 10)
+        gc.enable()
+        assert execute_in_isolated_process(square, number) == number * number
+    gc.collect()
+    assert sorted(path.read_text().splitlines()) == sorted(f"{os.getpid()} {number}" for number in range(400))
+
+
+def two_in_threads(wait):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(isolated(wait), range(2), [2, 2]))
+
+
+def two_in_tasks(wait):
+    async def both():
+        await asyncio.gather(*[execute_in_isolated_process_async(wait, number, 2) for number in range(2)])
+
+    asyncio.run(both())
+
+
+def two_in_a_loop(wait):
+    for _ in execute_in_isolated_process(lambda: (yield wait(0, 1))):
+        execute_in_isolated_process(wait, 1, 2)
+
+
+@linux_only
+@pytest.mark.parametrize("two_calls", [two_in_threads, two_in_tasks, two_in_a_loop])
+def test_a_child_does_not_keep_the_result_of_a_call_that_was_under_way(two_calls):
+    """Each child has the memory for one result open: its own."""
+    arrived, held = shared_numbers(2), shared_numbers(2)
+
+    def wait(mine, others):
+        arrived[mine] = 1
+        wait_until(lambda: sum(arrived) >= others)
+        files = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+        held[mine] = sum("memfd:mem_isolate" in os.readlink(file) for file in files if file.is_symlink())
+
+    two_calls(wait)
+    assert list(arrived) == [1, 1] and max(held) <= 1
+
+
+# --- Other greenlets, locks of logging, other interpreters
+
+
+def imported_anew():
+    del sys.modules["mem_isolate"]
+    return importlib.import_module("mem_isolate")
+
+
+LIBRARIES = [
+    pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}"))
+    for name in ("gevent", "eventlet")
+]
+
+
+@pytest.mark.parametrize("imported", ["before", "after"])
+@pytest.mark.parametrize("library", LIBRARIES)
+@alone
+def test_greenlets_run_while_a_call_waits_and_none_of_them_in_the_child(library, imported):
+    """Whether the module is imported before or after the monkey patching; the child has a hub of its own."""
+    warnings.simplefilter("ignore")
+    green = importlib.import_module(library)
+    patch = green.monkey_patch if library == "eventlet" else importlib.import_module("gevent.monkey").patch_all
+    pool = green.GreenPool(2) if library == "eventlet" else importlib.import_module("gevent.pool").Pool(2)
+    patch()
+    module = mem_isolate if imported == "before" else imported_anew()
+    parent, handler = os.getpid(), logging.StreamHandler(io.StringIO())
+    numbers = shared_numbers(5)  # turns in the parent and in children, ends in children; two children that meet
+
+    def take_turns():
+        try:
+            while True:
+                green.sleep(0.001)
+                numbers[os.getpid() != parent] += 1
+        finally:
+            numbers[2] += os.getpid() != parent
+
+    def hold_a_lock():
+        with handler.lock:
+            green.sleep(3600)
+
+    def wait_in_every_way():
+        before, received, ours = numbers[0], [], type(pool)(2)
+        wait_until(lambda: numbers[0] > before + 9)  # that is, greenlets of the parent run while it waits
+        left, right = socket.socketpair()
+        green.spawn(lambda: received.append(left.recv(5)))
+        green.sleep(0.001)
+        right.sendall(b"hello")
+        squares = list(ours.imap(lambda number: green.sleep(0.001) or number**2, range(4)))
+        start_and_join_a_thread()
+        gc.collect()
+        handler.handle(logging.makeLogRecord({"msg": "hello"}))
+        return received, squares, socket.getaddrinfo("127.0.0.1", 80)[0][4], subprocess.check_output(["echo", "hello"])
+
+    def meet(mine):
+        numbers[3 + mine] = 1
+        wait_until(lambda: numbers[4 - mine])
+        return list(range(100_000))  # read while it is written
+
+    for body in (take_turns, take_turns, hold_a_lock):
+        green.spawn(body)
+    green.sleep(0.01)
+    for call in [module.isolated(wait_in_every_way, timeout=20)] * 3 + [module.isolated(wait_in_every_way)]:
+        assert call() == ([b"hello"], [0, 1, 4, 9], ("127.0.0.1", 80), b"hello\n")
+    assert list(pool.imap(module.isolated(meet, timeout=20), range(2))) == [list(range(100_000))] * 2
+    assert type(error_of(module.isolated(time.sleep, timeout=0.1), 60)) is module.CallableTimeoutError
+    assert list(module.execute_in_isolated_process(lambda: (yield time.sleep(0.01)))) == [None]
+    caller = green.spawn(module.execute_in_isolated_process, time.sleep, 60)
+    green.sleep(0.05)
+    caller.kill()
+    green.sleep(0.05)
+    with pytest.raises(ChildProcessError):
+        importlib.import_module("posix").waitpid(-1, os.WNOHANG)  # os.waitpid is another one now
+    assert list(numbers[1:3]) == [0, 0], "greenlets of the parent ran, or ended, in a child"
+    os._exit(0)
+
+
+@alone
+def test_no_lock_of_logging_is_waited_for(tmp_path):
+    """A thread holds all of them: the call is not delayed, and the child can log."""
+    path, held, done = Path(tmp_path, "log"), threading.Event(), threading.Event()
+    logger, waiting = logging.getLogger("held"), logging.handlers.QueueHandler(queue.Queue())
+    logger.handlers = [*[logging.FileHandler(path) for _ in range(20)], waiting]
+
+    def hold():
+        with contextlib.ExitStack() as stack:
+            for lock in [*[handler.lock for handler in logger.handlers], waiting.queue.mutex, logging._lock]:
+                stack.enter_context(lock)
+            held.set()
+            done.wait()
+
+    def log():
+        logger.warning("from the child")
+        logging.getLogger("a new one").setLevel(logging.INFO)
+
+    assert isolated(square)(3) == 9
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    held.wait()
+    started = time.monotonic()
+    error = error_of(isolated(log, timeout=20))
+    seconds = time.monotonic() - started
+    done.set()
+    thread.join()
+    assert error == "no error, but None" and seconds < 0.6
+    assert path.read_text() == "from the child\n" * 20 and waiting.queue.empty()
+
+
+def subinterpreters():
+    """What makes a subinterpreter and what destroys it; None where this Python has none."""
+    for name in ("_interpreters", "_xxsubinterpreters"):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(name)
+            return module.create, module.destroy
+
+
+@pytest.mark.skipif(not subinterpreters(), reason="this Python has no subinterpreters")
+@pytest.mark.parametrize("threads", [0, 2])
+@alone
+def test_a_process_with_a_subinterpreter_is_refused_until_that_is_closed(threads):
+    create, destroy = subinterpreters()
+    fork, mem_isolate._libc_fork = mem_isolate._libc_fork, None  # nobody gets as far as that
+    interpreters = [create(), create()]
+    with background_threads(*[burn_the_gil] * int(threads)):
+        while interpreters:
+            for call in forms(square):
+                with pytest.raises(mem_isolate.ForkError, match="subinterpreter"):
+                    call(3)
+            destroy(interpreters.pop())
+        mem_isolate._libc_fork = fork
+        assert execute_in_isolated_process(square, 3) == 9
+    assert_no_child_is_left()
+
+
+# --- Systems that refuse, and Pythons that lack something
+
+
+def interrupt_the_parent(number=signal.SIGINT):
+    LIBC.kill(os.getppid(), int(number))
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EACCES], ids=errno.errorcode.get)
+@alone
+def test_a_sandbox_that_refuses_pidfd_send_signal_makes_no_difference(number):
+    def refuse(*_):
+        raise OSError(int(number), os.strerror(int(number)))
+
+    mem_isolate._pidfd_send_signal = refuse
+    with pytest.raises(CallableTimeoutError, match="was killed"):
+        isolated(time.sleep, timeout=0.1)(60)
+    assert type(error_of(execute_in_isolated_process, interrupt_the_parent)) is KeyboardInterrupt
+    assert_no_child_is_left()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+class Forbidden(Exception):
+    """Raised by an audit hook."""
+
+
+@alone
+def test_a_child_that_may_not_be_killed_ends_the_call_with_that_error():
+    pids = []
+
+    def forbid(event, arguments):
+        if event == "os.kill":
+            pids.append(arguments[0])
+            raise Forbidden(event)
+
+    mem_isolate._pidfd_send_signal = None
+    sys.addaudithook(forbid)
+    started = time.monotonic()
+    for call in (isolated(lambda: time.sleep(60), timeout=0.1), isolated(interrupt_the_parent)):
+        assert type(error_of(call)) is Forbidden
+        assert len(pids) < 50 and len(set(pids)) == 1
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+        assert LIBC.kill(pids[0], signal.SIGKILL) == 0 and os.waitpid(pids[0], 0)[0] == pids[0]
+        pids.clear()
+    assert time.monotonic() - started < 10
+    assert execute_in_isolated_process(square, 3) == 9
+
+
+@alone
+def test_timeout_with_sigchld_ignored_says_that_the_child_was_killed():
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    error = error_of(isolated(time.sleep, timeout=0.1), 60)
+    assert type(error) is CallableTimeoutError and "was killed" in str(error) and "cannot" not in str(error)
+
+
+def test_timeout_counts_from_the_call(monkeypatch):
+    """Not from the fork, which may take long in a big process, nor from anything before it."""
+    fork = mem_isolate._libc_fork
+    monkeypatch.setattr(mem_isolate, "_libc_fork", lambda: time.sleep(1) or fork())
+    started = time.monotonic()
+    assert type(error_of(isolated(time.sleep, timeout=1.1), 60)) is CallableTimeoutError
+    assert time.monotonic() - started < 1.8
+
+
+@linux_only
+def test_memory_limit_is_refused_where_the_system_does_not_enforce_it(monkeypatch):
+    ran = shared_numbers(1)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)  # as under qemu-user
+    with pytest.raises((NotImplementedError, mem_isolate.ChildSetupError), match="memory_limit"):
+        isolated(memory_limit=64 * MIB)(ran.__setitem__)(0, 1)
+    assert ran[0] == 0
+
+
+@linux_only
+def test_memory_limit_without_proc_is_not_implemented(monkeypatch):
+    monkeypatch.setattr(mem_isolate, "open", lambda path, *_: io.FileIO(f"/nowhere{path}"), raising=False)
+    monkeypatch.setattr(mem_isolate, "_libc_fork", None)
+    with pytest.raises(NotImplementedError, match="/proc"):
+        isolated(memory_limit=64 * MIB)(square)(3)
+
+
+def test_without_a_running_loop_the_async_forms_start_nothing(monkeypatch):
+    """Outside of a loop, or under trio."""
+    monkeypatch.setattr(mem_isolate, "_libc_fork", None)
+    for use in (execute_in_isolated_process_async, isolated(asyncio.sleep)):
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            use(int).send(None)
+
+
+PARTS = ["os.register_at_fork", "threading._after_fork", "logging._handlerList", "_imp.acquire_lock"]
+PARTS += [
+    "_frozen_importlib._module_locks",
+    *("pythonapi.Py" + part for part in ("ThreadState_Get", "ThreadState_Next")),
+]
+PARTS += ["pythonapi.PyInterpreterState_ThreadHead", "pythonapi.PyOS_AfterFork_Child"]
+
+
+@pytest.mark.parametrize("missing", PARTS)
+@alone
+def test_without_a_private_part_of_cpython_only_calls_beside_threads_are_refused(missing):
+    """As in a later version that no longer has it; the error names what is missing."""
+    place, part = missing.split(".")
+
+    class Less(ctypes.PyDLL):
+        def __getattr__(self, name):
+            if name == part:
+                raise AttributeError(name)
+            return super().__getattr__(name)
+
+    if place == "os":
+        os.register_at_fork = lambda **_: None
+    elif place == "pythonapi":
+        ctypes.pythonapi = Less(None)
+    else:
+        twin, original = types.ModuleType(place), sys.modules[place]
+        vars(twin).update((name, value) for name, value in vars(original).items() if name != part)
+        sys.modules[place] = twin
+    module = imported_anew()
+    assert module.execute_in_isolated_process(square, 3) == 9
+    named = {"register_at_fork": "hooks", "PyThreadState_Get": "PyThreadState_Get|thread state"}.get(part, part)
+    with background_threads(burn_the_gil), pytest.raises(module.ForkError, match=named):
+        module.execute_in_isolated_process(square, 3)
+    assert module.execute_in_isolated_process(square, 3) == 9
+
+
+# --- What comes back, and what stays of a call that failed
+
+
+def local_class(*bases):
+    class LocalError(*(bases or (Exception,))):
+        def __str__(self):
+            return f"local {self.args}"
+
+    return LocalError
+
+
+def test_an_exception_of_a_class_that_nobody_can_import_arrives_as_itself():
+    """One that was there at the fork is found by identity, also where others have its name."""
+    for cls in (local_class(), local_class(KeyError), local_class(OSError)):
+        error = cls(5, "five")
+        error.attribute = {"kept": True}
+        for call in forms(raise_it):
+            arrived = error_of(call, error)
+            assert type(arrived) is cls and arrived.args == (5, "five") and arrived.attribute == {"kept": True}
+            assert type(error_of(call, ValueError(error)).args[0]) is cls
+
+
+def test_an_exception_whose_class_was_made_in_the_child_stays_an_error():
+    for call in forms(lambda: raise_it(local_class()("from the child"))):
+        arrived = error_of(call)
+        assert type(arrived) is SerializationError and "LocalError: local ('from the child',)" in str(arrived)
+
+
+@pytest.mark.parametrize("end", ["fail", "skip", "xfail", "exit"])
+def test_outcomes_of_pytest_arrive(end):
+    function = getattr(pytest, end)
+    arrived = error_of(execute_in_isolated_process, function, "for this reason")
+    assert type(arrived) is function.Exception and arrived.msg == "for this reason"
+
+
+class SetsItsState(Exception):
+    def __setstate__(self, state):
+        self.__dict__.update(state, restored=self.args)
+
+
+def test_an_exception_sets_its_own_state():
+    error = SetsItsState("told")
+    error.attribute = [1]
+    for call in forms(raise_it):
+        assert vars(error_of(call, error)) == {"attribute": [1], "restored": ("told",)}
+
+
+@pytest.mark.parametrize("size", [0, 5, 70_000, 3 * MIB])
+def test_a_picklebuffer_arrives_as_a_memoryview_whatever_its_size(size):
+    for original in (b"abc" * size, bytearray(b"abc" * size)):
+        buffer = pickle.PickleBuffer(original)
+        for result in ([buffer], [5, buffer], [bytearray(70_000), buffer], [buffer, buffer]):
+            arrived = execute_in_isolated_process(lambda: result)[-1]
+            assert type(arrived) is memoryview and arrived == original
+        arrived = execute_in_isolated_process(lambda: buffer)
+        assert type(arrived) is memoryview and arrived == original
+
+
+def test_reports_of_pytest_and_ipython_hide_the_frames_of_the_module():
+    for function, arguments in ((raise_it, [ValueError(5)]), (os._exit, [3]), (threading.Lock, [])):
+        for call in forms(function):
+            frames = [frame for frame, _ in traceback.walk_tb(error_of(call, *arguments).__traceback__)]
+            ours = [frame for frame in frames if frame.f_code.co_filename == mem_isolate.__file__]
+            shown = [frame.f_code.co_name for frame in ours if frame.f_locals.get("__tracebackhide__") is not True]
+            assert ours and not shown
+
+
+class Kept:
+    """What a call takes and returns: ``alive`` has those that somebody refers to."""
+
+    alive = weakref.WeakSet()
+
+    def __init__(self, *_):
+        self.alive.add(self)
+
+    def __reduce__(self):
+        return Kept, (pickle.PickleBuffer(bytes(3 * MIB)),)
+
+
+class Rebuilding:
+    """Does something when it is rebuilt."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced[0], self.reduced[1:]
+
+
+ENDS = {
+    "raises": lambda _: 1 / 0,
+    "raises it": lambda kept: raise_it(ValueError(kept)),
+    "exits": lambda _: os._exit(5),
+    "returns what cannot be pickled": lambda kept: [kept, bytes(MIB), threading.Lock()],
+    "returns what cannot be rebuilt": lambda kept: [kept, list(range(100_000)), Rebuilding(divmod, 1, 0)],
+    "is interrupted": lambda _: interrupt_the_parent(signal.SIGUSR1),
+    "is interrupted when it returns": lambda kept: [kept, Rebuilding(os.kill, os.getppid(), signal.SIGUSR1)],
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_after_a_call_that_failed_nothing_keeps_its_arguments_or_result(end):
+    """Each is gone at once, without the garbage collector; asyncio would keep some, by cycles of its own."""
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    gc.disable()
+    try:
+        for call in itertools.islice(forms(ENDS[end]), 3):
+            Kept.alive.clear()
+            error = error_of(call, Kept())
+            assert isinstance(error, BaseException), error
+            assert error.__cause__ is None or str(error.__cause__)
+            error = None
+            assert len(Kept.alive) == 0, "a frame or a buffer keeps it"
+    finally:
+        gc.enable()
+        signal.signal(signal.SIGUSR1, before)
