@@ -1477,6 +1477,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
+        self.opened: list[int] = []  # a file of the child's in /proc
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
         self.status = ctypes.c_int(-1)
         self.usage = (ctypes.c_long * 32)()  # struct rusage
@@ -1542,7 +1543,7 @@ class _Process:
         """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
         if not _LINUX or _handler_of(_action_of(signal.SIGCHLD)[1]) == 1:  # ignored: the pid may be another's by now
             return
-        opened: list[int] = []
+        opened = self.opened
         try:
             _keep(opened, _libc_quick.open, b"/proc/%d/oom_score_adj" % self.pid, os.O_RDWR | os.O_CLOEXEC)
             score = ctypes.create_string_buffer(16)
@@ -1605,6 +1606,7 @@ class _Process:
         """Leave nothing of it behind; a second call goes on where the first was cut short."""
         if self.pid > 0 and not self.gone:
             self.kill()
+        _drain(self.opened, _libc_close)
         _drain(self.watch, _libc_close)
 
     def costs(self) -> dict[str, Any]:

@@ -6636,8 +6636,9 @@ def test_what_other_threads_own_is_finalised_in_the_parent_alone(tmp_path):
     assert not path.exists(), f"finalised in children of {os.getpid()}:\n{path.read_text()}"
     assert in_thread(call_from_a_thread) == ("caller's", "caller's too")
     done.set()
-    for thread in threads:
-        thread.join()
+    while threads:
+        threads.pop().join()
+    del thread  # from 3.14 on a Thread object keeps the context that it ran in
     expected = [f"{n}, context {depth}" for n in range(6) for depth in range(n % 3 + 1)]
     expected += [*(f"{n}, local" for n in range(6)), "caller's"]
     wait_until(lambda: len(path.read_text().splitlines()) >= len(expected))
