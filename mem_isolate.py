@@ -1355,7 +1355,9 @@ class _StackReports:
             return
         try:
             os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
-        except OSError:  # the file system knows no files as large as that
+        except OSError as error:  # the file system knows no files as large as that
+            if _from_a_signal_handler(error):
+                raise
             return
         enable = _step(faulthandler.enable, bulk, True, *_WITHOUT_C_STACK)
         any(map(_libc_sigaction, _FAULT_NUMBERS, itertools.repeat(None), _fault_actions))
