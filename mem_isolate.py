@@ -246,7 +246,7 @@ _libc_wait4_nohang = getattr(_libc_holding_gil, "wait4", None) or _libc_holding_
 _USAGE_IS_KNOWN = hasattr(_libc, "wait4") and (sys.maxsize > 2**32 or hasattr(_libc, "gnu_get_libc_version"))
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
-_memoryview = pythonapi.PyMemoryView_FromMemory
+_memoryview = _libc_quick.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object
 _memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _PYBUF_WRITE = 0x200
@@ -884,8 +884,12 @@ _FREE_THREADED = "t" in sys.abiflags
 _missing_parts: list[str] = []
 
 
+# Not ctypes.pythonapi, which others use too: types that are declared there are declared for everybody.
+_python = type(pythonapi)(None)
+
+
 def _python_function(name: str, restype: Any, *argtypes: Any) -> Any:
-    function = getattr(pythonapi, name, None)
+    function = getattr(_python, name, None)
     if function is None:
         _missing_parts.append(name)
         return lambda *_: None
@@ -1480,6 +1484,7 @@ class _Process:
     def __init__(self) -> None:
         self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
         self.opened: list[int] = []  # a file of the child's in /proc
+        self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
         self.status = ctypes.c_int(-1)
         self.usage = (ctypes.c_long * 32)()  # struct rusage
@@ -1558,6 +1563,8 @@ class _Process:
     def reap(self, options: int = os.WNOHANG) -> bool:
         """Look whether the child is gone, or, with 0, wait until it is."""
         wait4 = _libc_wait4_nohang if options else _libc_wait4
+        if self.pid in self.waited and not os.WIFSTOPPED(self.status.value):
+            self.gone = True
         while not self.gone:
             pid = wait4(self.pid, ctypes.byref(self.status), options, self.usage)
             if pid > 0 and os.WIFSTOPPED(self.status.value):  # it asked to be traced, and would wait for ever
@@ -1575,20 +1582,36 @@ class _Process:
                 self.gone = True
         return True
 
-    def send(self, number: int) -> None:
-        """Send a signal; raise where that is forbidden."""
+    def send(self, number: int, wait: bool = False) -> None:
+        """Send a signal, and wait for the child's end; raise where that is forbidden."""
+        deliver = self.signal_and_wait if wait else any
         # By pidfd, where there is one: it cannot hit a process that got the pid after somebody reaped ours.
         try:
             if self.watch and _pidfd_send_signal:
-                _pidfd_send_signal(self.watch[0], number)
+                deliver(_step(_pidfd_send_signal, self.watch[0], number))
                 return
-        except ProcessLookupError:
-            return
         except OSError as error:  # a sandbox that does not know it
             if _from_a_signal_handler(error):
                 raise
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+            if isinstance(error, ProcessLookupError):
+                return
+        with _tolerating(ProcessLookupError):
+            deliver(_step(os.kill, self.pid, number))
+
+    def signal_and_wait(self, signalling: Iterator[Any]) -> None:
+        """Do it in one step of C, with signals blocked.
+
+        A killed child takes a moment to go. Handlers that raise all the time would cut each wait for it short.
+        """
+        mask = _SignalSet()
+        _libc_sigmask(_SIG_BLOCK, None, mask)
+        block = _step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)
+        wait = _step(_libc_wait4, self.pid, ctypes.byref(self.status), 0, self.usage)
+        unblock = _step(_libc_sigmask, _SIG_SETMASK, mask, None)
+        try:
+            self.waited.extend(itertools.chain(block, signalling, wait, unblock))
+        finally:
+            any(unblock)  # where it could not be sent
 
     def kill(self) -> None:
         """Kill and reap; a child that may not be killed is given up."""
@@ -1596,7 +1619,7 @@ class _Process:
             return
         self.killed = True
         try:
-            self.send(signal.SIGKILL)
+            self.send(signal.SIGKILL, wait=True)
         except BaseException as error:
             if not _from_a_signal_handler(error):
                 self.wait_error, self.gone = error, True
@@ -1888,9 +1911,24 @@ class _Call:
     def __enter__(self) -> _Call:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self.ended or _getpid() != self.parent:  # a child has no business with its parent's other calls
             return
+        failed: BaseException | None = None
+        for _ in range(20):  # signal handlers may raise on and on, but not for ever
+            try:
+                self.give_back()
+                break
+            except BaseException as error:
+                failed = error
+        try:
+            if failed is not None:
+                raise failed
+        finally:
+            del failed  # which refers to this frame
+
+    def give_back(self) -> None:
+        """Leave nothing behind; a second call goes on where the first was cut short."""
         try:
             self.process.end()
         finally:
