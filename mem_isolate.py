@@ -1151,6 +1151,10 @@ def _wake_collector(call: int | None = None) -> None:
 # each cache that the parent did not fill: hence the local names, and what the parent prepares for the child.
 
 
+# There an exception of a property, though it goes nowhere, is told to sys.unraisablehook, which would print it.
+_REPORTS_PROPERTIES = sys.version_info >= (3, 13)
+
+
 class _Child:
     """What the child does between the fork and its exit. Signals are blocked except while the callable runs.
 
@@ -1159,6 +1163,7 @@ class _Child:
     """
 
     failure: BaseException | None = None
+    unraisablehook: Any = None
 
     def __init__(
         self,
@@ -1172,6 +1177,8 @@ class _Child:
     ) -> None:
         self.writer = writer
         self.dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
+        if _REPORTS_PROPERTIES:
+            self.unraisablehook = sys.unraisablehook
         self.life = writer.shared.header, writer.parent, mask, setup, teardown, function, args, kwargs
 
     @property
@@ -1188,6 +1195,8 @@ class _Child:
                 self.set_up(setup)
             streams, recursion_limit = _streams(), _getrecursionlimit()
             value = None
+            if _REPORTS_PROPERTIES:
+                sys.unraisablehook = self.unraisablehook
             header[_PROGRESS] = _RUNNING
             try:
                 _libc_sigmask(_SIG_SETMASK, mask, None)
@@ -1215,6 +1224,7 @@ class _Child:
             _libc_exit(0)
         except BaseException as error:  # signal handlers raised one after the other
             self.failure = error
+            sys.unraisablehook = _say_nothing
 
     @property
     def run_guarded(self) -> None:
@@ -1234,7 +1244,6 @@ class _Child:
     @property
     def deliver(self) -> None:
         """Deliver the last exception where signal handlers cut ``run`` short."""
-        sys.unraisablehook = _say_nothing  # from 3.13 on it is told of what a property raises
         header, parent, *_ = self.life
         if self.failure is not None and _getppid() == parent and header[_PROGRESS] in (_RUNNING, _RETURNED):
             _deliver_outcome(self, None, self.failure)
@@ -1506,6 +1515,8 @@ class _Process:
         step = _step
         before = [step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)]
         in_child = [step(gc.freeze)]
+        if _REPORTS_PROPERTIES:
+            in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
         after = [step(_libc_sigmask, _SIG_SETMASK, mask, None)]
         if threads:
             before.append(step(_imp.acquire_lock))  # the repair makes it anew
