@@ -518,7 +518,7 @@ class _Writer:
         try:
             if self.bulk < 0:
                 self.bulk = self.open_bulk()
-                self.counter = _working_counter(self.shared.counter)
+                self.counter = -1 if self.publishes and _has_children() else _working_counter(self.shared.counter)
             written = 0
             while written < data.nbytes:
                 count = os.pwrite(self.bulk, data[written : written + _PIECE], offset + written)
@@ -567,25 +567,28 @@ class _Writer:
         header[_PROGRESS] = _DELIVERED
 
 
-def _working_counter(descriptors: list[int]) -> int:
-    """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number.
+def _has_children() -> bool:
+    """Whether the callable left a child behind, which has the bulk too, and could change it before the parent reads."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
-    Also where the callable left a child behind, which has the bulk too, and could change it before the parent reads.
-    """
+
+def _working_counter(descriptors: list[int]) -> int:
+    """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number."""
+    another: list[int] = []
     try:
         found = os.fstat(descriptors[-1])
-        with contextlib.suppress(ChildProcessError):  # no child: nobody who may write there before the parent reads it
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            return -1
         if stat.S_ISSOCK(found.st_mode):
             return descriptors[-1]
-        another: list[int] = []
         _make_counter(another, _EFD_CLOEXEC)
-        same = os.path.samestat(found, os.fstat(another[0]))  # all eventfds are one inode
-        _drain(another, _libc_close)
-        return descriptors[-1] if same else -1
+        return descriptors[-1] if os.path.samestat(found, os.fstat(another[0])) else -1  # all eventfds are one inode
     except OSError:
         return -1
+    finally:
+        _drain(another, _libc_close)
 
 
 class _ItemSender:

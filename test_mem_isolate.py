@@ -6486,6 +6486,17 @@ def test_child_runs_ahead_of_its_reader_only_so_far():
     assert made[0] == 300
 
 
+def test_generator_may_keep_processes_of_its_own():
+    def lines():
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            for number in range(5):
+                process.stdin.write(b"%d\n" % number)
+                process.stdin.flush()
+                yield process.stdout.readline()
+
+    assert list(isolated(lines)()) == [b"%d\n" % number for number in range(5)]
+
+
 def test_large_return_value_of_a_generator_arrives():
     def yield_and_return():
         yield from range(1000)
