@@ -70,7 +70,7 @@ except ImportError as error:
 try:
     import faulthandler
 except ImportError:  # some builds leave it out: then errors come without the child's stack
-    faulthandler = None  # type: ignore[assignment]
+    faulthandler: Any = None  # type: ignore[no-redef]
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
@@ -597,7 +597,7 @@ class _ItemSender:
     def __init__(self, writer: _Writer) -> None:
         self.writer = writer
         self.parts: list[Any] = []  # what the pickler has written of an item
-        file = types.SimpleNamespace(write=self.parts.append)
+        file: Any = types.SimpleNamespace(write=self.parts.append)
         self.pickler = pickle.Pickler(file, 5, buffer_callback=writer.keep_out_of_band)
         self.sent = self.taken = 0
 
@@ -1059,7 +1059,8 @@ def _renew_logging() -> None:
             handler.createLock()
         queue: Any = getattr(handler, "queue", None)  # a QueueHandler's; what waits there is the parent's to handle
         if hasattr(queue, "mutex") and hasattr(queue, "maxsize"):
-            type(queue).__init__(queue, queue.maxsize)
+            renew: Any = type(queue).__init__
+            renew(queue, queue.maxsize)
 
 
 def _renew(hooks: list[Any]) -> None:
@@ -2081,8 +2082,9 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
         details["signal"] = number = os.WTERMSIG(status)
         with contextlib.suppress(ValueError):  # a real-time signal has no name
             details["signal"] = Signals(number)
-    if process.expired or details.get("signal") in _FAULTS:
-        head = "" if process.expired else f"Fatal Python error: {_FAULTS[details['signal']]}"
+    fault = _FAULTS.get(details.get("signal"))  # type: ignore[arg-type]
+    if process.expired or fault:
+        head = "" if process.expired else f"Fatal Python error: {fault}"
         with _tolerating(OSError, ValueError):
             where, report = _read_report(call.shared.bulk[0], call.report_at, head)
     if process.expired:
