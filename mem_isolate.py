@@ -1167,7 +1167,6 @@ class _Child:
     """
 
     failure: BaseException | None = None
-    unraisablehook: Any = None
 
     def __init__(
         self,
@@ -1180,14 +1179,14 @@ class _Child:
         kwargs: dict[str, Any],
     ) -> None:
         self.writer = writer
-        self.dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
-        if _REPORTS_PROPERTIES:
-            self.unraisablehook = sys.unraisablehook
-        self.life = writer.shared.header, writer.parent, mask, setup, teardown, function, args, kwargs
+        dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
+        header, parent = writer.shared.header, writer.parent
+        unraisablehook = sys.unraisablehook if _REPORTS_PROPERTIES else None
+        self.life = header, parent, mask, setup, teardown, function, args, kwargs, writer, dump, unraisablehook
 
     @property
     def run(self) -> None:
-        header, parent, mask, setup, teardown, function, args, kwargs = self.life
+        header, parent, mask, setup, teardown, function, args, kwargs, writer, dump, unraisablehook = self.life
         try:
             pid = _getpid()
             if _libc_prctl is not None:
@@ -1198,16 +1197,16 @@ class _Child:
             if setup:
                 self.set_up(setup)
             streams, recursion_limit = _streams(), _getrecursionlimit()
-            value = None
-            if _REPORTS_PROPERTIES:
-                sys.unraisablehook = self.unraisablehook
+            value = failure = None
+            if unraisablehook is not None:
+                sys.unraisablehook = unraisablehook
             header[_PROGRESS] = _RUNNING
             try:
                 _libc_sigmask(_SIG_SETMASK, mask, None)
                 value = function(*args, **kwargs)
                 _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)
             except BaseException as error:
-                self.failure = error
+                self.failure = failure = error
                 _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)
             if _getpid() != pid:
                 _libc_exit(0)  # a process that the callable forked came back out of it
@@ -1219,9 +1218,10 @@ class _Child:
                 sys.setprofile(None)
             if _getrecursionlimit() < recursion_limit:
                 sys.setrecursionlimit(recursion_limit)
-            for step in teardown:
-                step()
-            _deliver_outcome(self, value, self.failure)
+            if teardown:
+                for step in teardown:
+                    step()
+            _deliver_outcome(writer, dump, value, failure)
             if _streams() != streams:
                 _flush(*_streams())
             _flush(*streams)
@@ -1250,21 +1250,20 @@ class _Child:
         """Deliver the last exception where signal handlers cut ``run`` short."""
         header, parent, *_ = self.life
         if self.failure is not None and _getppid() == parent and header[_PROGRESS] in (_RUNNING, _RETURNED):
-            _deliver_outcome(self, None, self.failure)
+            _deliver_outcome(self.writer, None, None, self.failure)
 
 
 def _say_nothing(_: Any) -> None:
     pass
 
 
-def _deliver_outcome(child: _Child, value: Any, failure: BaseException | None) -> None:
-    writer = child.writer
+def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseException | None) -> None:
     if failure is None:
         try:
             if type(value) is str and len(value) > _OUT_OF_BAND:
                 _dump_text(writer.write, value)
             else:
-                child.dump(value)
+                dump(value)
             writer.deliver(_RESULT)
         except BaseException as error:
             what = f"its result, of type {type(value).__qualname__}, cannot be pickled (return plain data instead)"
@@ -2540,7 +2539,8 @@ def _warm_up() -> None:
     shared.region = memoryview(bytearray(_REGION_SIZE))
     for _ in range(16):
         child = _Child(_Writer(shared, 0), None, [], [], _warm_up, (), {})
-        _deliver_outcome(child, None, None)
+        *_, dump, _ = child.life
+        _deliver_outcome(child.writer, dump, None, None)
 
 
 _warm_up()  # last, since another global would make the interpreter forget what it learnt about those

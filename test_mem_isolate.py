@@ -3765,8 +3765,9 @@ def test_protection_costs_a_single_threaded_process_few_page_faults():
     """Callable, pickling and region take some 58 beyond fork and exit, what protects them at most 40 more."""
     # In a process that has imported nothing else: how many pages its objects are strewn over decides too.
     output = subprocess.check_output([sys.executable, "-c", PAGE_FAULTS_OF_A_CALL], cwd=HERE, timeout=60)
-    # Before 3.11 a child is guarded more heavily.
-    assert int(output) <= 58 + 40 + (20 if sys.version_info >= (3, 11) else 40)
+    # Before 3.11 a child is guarded more heavily. 6 are for a fork that no signal handler can tear apart, 3 for reports
+    # of crashes.
+    assert int(output) <= 58 + 40 + (20 if sys.version_info >= (3, 11) else 40) + 6 + 3
 
 
 # ---------------------------------------------------------------- limits, asyncio, any callable, logging, types, buffers
