@@ -285,6 +285,7 @@ _pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)
 
 _clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)  # time.monotonic may be replaced by a test suite
 _read, _write = posix.read, posix.write  # eventlet replaces those of os, and lets other greenlets run in them
+_pwritev = os.pwritev
 _getpid, _getppid, _set_wakeup_fd = os.getpid, os.getppid, signal.set_wakeup_fd
 _gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
 _getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
@@ -359,7 +360,9 @@ _OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth reading on its
 _MAPPED = 256 * 1024  # and mapping, of which a process may have 65,530
 _READ_AHEAD = 1 << 18  # bytes that the parent reads at a time
 _PIECE = 4 << 20  # bytes that are written, then published, at a time
+_NAP = 50e-6  # seconds that small items of a generator are let come together
 _AHEAD = 64 << 20  # bytes that a generator's child may be ahead of its reader
+_WORD = struct.Struct("=Q")
 _ITEM = struct.Struct("=QQ")  # goes before each item of a generator: length of its stream, number of its buffers
 
 # How far the child came. Not small numbers, so that hardly a stray write is taken for one of them.
@@ -403,9 +406,9 @@ class _Shared:
         self.last_words = _memoryview(start + _HEADER_SIZE + _REGION_SIZE, _LAST_WORDS_SIZE, _PYBUF_WRITE)
         self.header[_PROGRESS] = _NOT_STARTED
         _make_bulk(self.bulk)
-        _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK)
+        _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK, streams)
         if streams:
-            _make_counter(self.room, _EFD_CLOEXEC)
+            _make_counter(self.room, _EFD_CLOEXEC, streams)
 
     def read_counter(self) -> bool:
         """Add up what the child has published; whether it was anything."""
@@ -452,10 +455,10 @@ def _make_bulk(descriptors: list[int]) -> None:
         _move_up(descriptors)
 
 
-def _make_counter(descriptors: list[int], flags: int) -> None:
+def _make_counter(descriptors: list[int], flags: int, high: bool = False) -> None:
     if _libc_eventfd is not None:
         _keep(descriptors, _libc_eventfd, 0, flags)
-        if 0 <= descriptors[0] <= 2:
+        if 0 <= descriptors[0] <= (sys.maxsize if high else 2):
             _move_up(descriptors)
     else:
         ends = (ctypes.c_int * 2)()
@@ -524,7 +527,7 @@ class _Writer:
                 count = os.pwrite(self.bulk, data[written : written + _PIECE], offset + written)
                 written += count
                 if publish and self.counter >= 0:
-                    _write(self.counter, struct.pack("=Q", count))
+                    _write(self.counter, _WORD.pack(count))
         except Exception:
             self.failed = True
             raise
@@ -596,57 +599,50 @@ class _ItemSender:
 
     def __init__(self, writer: _Writer) -> None:
         self.writer = writer
-        self.parts: list[Any] = []  # what the pickler has written of an item
-        file: Any = types.SimpleNamespace(write=self.parts.append)
-        self.pickler = pickle.Pickler(file, 5, buffer_callback=writer.keep_out_of_band)
-        self.sent = self.taken = 0
+        self.sent = self.taken = 0  # bytes
 
     def send(self, item: Any) -> None:
-        writer, parts, buffers = self.writer, self.parts, self.writer.buffers
-        parts.clear()
-        buffers.clear()
+        writer, start = self.writer, self.sent
+        buffers = writer.buffers = []
         try:
-            self.pickler.clear_memo()
-            self.pickler.dump(item)
+            stream = pickle.dumps(item, 5, buffer_callback=writer.keep_out_of_band)
         except Exception as error:
             raise _UnpicklableItem(type(item).__qualname__) from error
-        if writer.bulk < 0:
-            writer.write_bulk(0, memoryview(b""))  # opens it
-        large: list[memoryview] = []
         if buffers:
-            parts += [view for view in buffers if view.nbytes < _OUT_OF_BAND]
-            parts.append(struct.pack(f"={len(buffers)}Q", *[view.nbytes for view in buffers]))
-            large += [view for view in buffers if view.nbytes >= _OUT_OF_BAND]
-        length = sum(map(len, parts))
-        parts.insert(0, _ITEM.pack(length, len(buffers)))
-        if length < _PIECE:
-            parts[:] = [b"".join(parts)]
-        end = self.sent
-        for part in parts:
-            writer.write_bulk(end, memoryview(part))
-            end += len(part)
-        for offset, view in zip(_offsets(end, [view.nbytes for view in large]), large):
-            writer.write_bulk(offset, view)
-            end = offset + -(-view.nbytes // _PAGE) * _PAGE
-        if writer.counter < 0:
+            stream += b"".join(view for view in buffers if view.nbytes < _OUT_OF_BAND)
+            stream += struct.pack(f"={len(buffers)}Q", *[view.nbytes for view in buffers])
+        end = start + _ITEM.size + len(stream)
+        try:
+            written = _pwritev(writer.bulk, (_ITEM.pack(len(stream), len(buffers)), stream), start)
+            if start + written < end:  # some systems refuse to write 2 GiB at once
+                writer.write_bulk(start + written, memoryview(stream)[written - _ITEM.size :])
+            if buffers:
+                end = self.send_large(end, [view for view in buffers if view.nbytes >= _OUT_OF_BAND])
+            _write(writer.counter, _WORD.pack(end - start))
+        except OSError:
             writer.failed = True
-            raise OSError(errno.EBADF, "the generator closed the descriptors that its items need")
-        _write(writer.counter, struct.pack("=Q", end - self.sent))
+            raise
         self.sent = end
-        writer.start = writer.position = _REGION_SIZE + end  # of what comes after the items
-        while self.sent - self.taken > _AHEAD:
+        while end - self.taken > _AHEAD:
             told = _read(writer.shared.room[0], 4096)
             self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
 
+    def send_large(self, end: int, buffers: list[memoryview]) -> int:
+        for offset, view in zip(_offsets(end, [view.nbytes for view in buffers]), buffers):
+            self.writer.write_bulk(offset, view)
+            end = offset + -(-view.nbytes // _PAGE) * _PAGE
+        return end
+
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a generator function to its end in the child; return what it returns."""
-        items = function(*args, **kwargs)
-        while True:
-            try:
-                item = next(items)
-            except StopIteration as stop:
-                return stop.value
-            self.send(item)
+        with self:
+            items = function(*args, **kwargs)
+            while True:
+                try:
+                    item = next(items)
+                except StopIteration as stop:
+                    return stop.value
+                self.send(item)
 
     def send_all_async(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         import asyncio
@@ -655,7 +651,18 @@ class _ItemSender:
             async for item in function(*args, **kwargs):
                 self.send(item)
 
-        asyncio.run(send_all())
+        with self:
+            asyncio.run(send_all())
+
+    def __enter__(self) -> None:
+        writer = self.writer
+        writer.bulk, writer.counter = writer.shared.bulk[0], writer.shared.counter[-1]
+
+    def __exit__(self, *raised: object) -> None:
+        writer = self.writer
+        writer.start = writer.position = _REGION_SIZE + self.sent  # of what comes after the items
+        if writer.failed:
+            writer.bulk = -1  # the callable may have closed it
 
 
 class _UnpicklableItem(Exception):
@@ -718,7 +725,7 @@ class _Reader(io.RawIOBase):
                 _read_stream(shared, place, memory[-1])
                 place += length
             elif number != mapped:
-                memory.append(memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)))
+                memory.append(memoryview(_private_memory(length)))
                 _read_stream(shared, offset + _REGION_SIZE, memory[-1])
             else:
                 memory.append(offset)
@@ -726,6 +733,14 @@ class _Reader(io.RawIOBase):
             self.load(end)  # which mapping cuts away
             memory[mapped] = _map(shared, memory[mapped], lengths[mapped])
         return memory
+
+
+def _private_memory(length: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
+    if length >= _PIECE:
+        with contextlib.suppress(OSError, AttributeError):  # Linux has it, and may not have been built with it
+            memory.madvise(mmap.MADV_HUGEPAGE)  # to fill it takes a third of the time
+    return memory
 
 
 def _read_stream(shared: _Shared, position: int, view: memoryview) -> int:
@@ -755,7 +770,7 @@ def _map(shared: _Shared, offset: int, length: int) -> memoryview:
         if _libc_fallocate is not None and count > 0:
             _libc_fallocate(bulk, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, count)
     if _libc_fallocate is None or not _seal(shared):
-        view = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
+        view = memoryview(_private_memory(length))
         _read_stream(shared, offset + _REGION_SIZE, view)
         return view
     if os.fstat(bulk).st_size < offset + length:
@@ -773,6 +788,7 @@ def _map(shared: _Shared, offset: int, length: int) -> memoryview:
 # ---------------------------------------------------------------------------------------------- Exceptions on their way
 
 
+_FUNCTION = types.FunctionType
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
 
@@ -869,7 +885,7 @@ def _say(error: BaseException) -> str:
 
 # ------------------------------------------------------------------------------- Other threads, and what a child renews
 # A child has one thread. What the others were doing at the fork is put right in two steps: the interpreter by its own
-# repair, in C (see _Process.fork), before the child runs any bytecode; the standard library's locks by _renew, after.
+# repair, in C (see _fork), before the child runs any bytecode; the standard library's locks by _renew, after.
 
 _LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))
 _bootstrap: Any = sys.modules["_frozen_importlib"]
@@ -1095,7 +1111,6 @@ def _leave_event_loop() -> None:
         asyncio._set_running_loop(None)
 
 
-_GREENLET_LIBRARIES = frozenset(["gevent", "eventlet"])
 _left_hubs: list[Any] = []  # those of the parent: a greenlet that is freed would run its ``finally``
 
 
@@ -1172,6 +1187,7 @@ class _Child:
         self,
         writer: _Writer,
         mask: Any,
+        blocked: Any,
         setup: list[Callable[[], None]],
         teardown: list[Callable[[], None]],
         function: Callable[..., Any],
@@ -1182,11 +1198,11 @@ class _Child:
         dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
         header, parent = writer.shared.header, writer.parent
         unraisablehook = sys.unraisablehook if _REPORTS_PROPERTIES else None
-        self.life = header, parent, mask, setup, teardown, function, args, kwargs, writer, dump, unraisablehook
+        self.life = header, parent, mask, blocked, setup, teardown, function, args, kwargs, writer, dump, unraisablehook
 
     @property
     def run(self) -> None:
-        header, parent, mask, setup, teardown, function, args, kwargs, writer, dump, unraisablehook = self.life
+        header, parent, mask, blocked, setup, teardown, function, args, kwargs, writer, dump, unraisablehook = self.life
         try:
             pid = _getpid()
             if _libc_prctl is not None:
@@ -1204,10 +1220,10 @@ class _Child:
             try:
                 _libc_sigmask(_SIG_SETMASK, mask, None)
                 value = function(*args, **kwargs)
-                _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)
+                _libc_sigmask(_SIG_BLOCK, blocked, None)
             except BaseException as error:
                 self.failure = failure = error
-                _libc_sigmask(_SIG_BLOCK, _SIGNALS, None)
+                _libc_sigmask(_SIG_BLOCK, blocked, None)
             if _getpid() != pid:
                 _libc_exit(0)  # a process that the callable forked came back out of it
             header[_PROGRESS] = _RETURNED
@@ -1367,8 +1383,9 @@ class _StackReports:
         self.in_child: list[Iterator[Any]] = []
         self.after: list[Iterator[Any]] = []
         self.timeout_signal = 0  # what makes the child write its stack and end
-        if faulthandler is None:
-            return
+        self.blocked = _SIGNALS  # in the child, but while the callable runs
+        if faulthandler is None or resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+            return  # beyond that limit the child would die of SIGXFSZ instead
         try:
             os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
         except OSError as error:  # the file system knows no files as large as that
@@ -1399,6 +1416,8 @@ class _StackReports:
         for number in range(getattr(signal, "SIGRTMIN", 0), getattr(signal, "SIGRTMAX", -1) + 1):
             if not _handler_of(_action_of(number)[1]) and not _libc_quick.sigismember(mask, number):
                 self.timeout_signal = number
+                self.blocked = _SignalSet.from_buffer_copy(_SIGNALS)
+                _libc_quick.sigdelset(self.blocked, number)
                 self.before.append(_step(faulthandler.register, number, bulk, True, True))
                 self.after.append(_step(faulthandler.unregister, number))
                 return
@@ -1480,7 +1499,6 @@ def _in_few_words(frames: list[tuple[str, str, int]]) -> str:
 
 # ----------------------------------------------------------------------------------- The process, as its parent sees it
 
-
 # Interned, so that the addresses stay. Before 3.11 a handler may raise also at the first instruction of an except.
 _PARTS_OF_LIFE = [ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))]
 _PARTS_OF_LIFE.append(ctypes.c_void_p(id("deliver")))
@@ -1491,7 +1509,7 @@ class _Process:
 
     gone = expired = killed = False
     wait_error: BaseException | None = None
-    steps: Any = ()
+    steps: Any = ()  # of the fork: to free them while the child lives would copy the pages that they share
 
     def __init__(self) -> None:
         self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
@@ -1505,82 +1523,13 @@ class _Process:
     def pid(self) -> int:
         return self.pids[0] if self.pids else -1
 
-    def fork(self, child: _Child, mask: Any, reports: _StackReports, threads: bool) -> None:
-        """Fork; the child runs ``child`` and exits.
-
-        All of it is one step of C: the parent's part ends at the first call that returns something true, which is
-        fork, with the pid; in the child fork returns 0, and the list goes on to its own end. So the pid cannot be
-        lost, the signal mask is put back, and the child cannot get out into the caller's code.
-        The child must not run any bytecode before the repair: it may have inherited a request to hand the GIL to a
-        thread that it does not have. Freezing comes first, since any allocation may set off a collection: the
-        parent's garbage is never finalised a second time, and the pages of its heap stay shared.
-        """
-        step = _step
-        before = [step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)]
-        in_child = [step(gc.freeze)]
-        if _REPORTS_PROPERTIES:
-            in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
-        after = [step(_libc_sigmask, _SIG_SETMASK, mask, None)]
-        if threads:
-            before.append(step(_imp.acquire_lock))  # the repair makes it anew
-            in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]  # type: ignore
-            after.insert(0, step(_imp.release_lock))
-        run, deliver = ((_has_attribute, ctypes.c_void_p(id(child)), name) for name in _PARTS_OF_LIFE)
-        life = [step(*run), step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, None), *(step(*deliver) for _ in range(3))]
-        steps = [*before, *reports.before, step(_libc_fork), *in_child, *reports.in_child, *life, step(_libc_exit, 1)]
-        # The steps stay alive until the child is gone: to free them would copy the pages that they share.
-        after = reports.after + after
-        self.steps = steps, after, child
-        chain = itertools.chain.from_iterable
-        try:
-            self.pids.extend(itertools.chain(itertools.islice(filter(None, chain(steps)), 1), chain(after)))
-        finally:
-            if not self.pids:  # a step before the fork raised
-                for undo in after:
-                    with contextlib.suppress(RuntimeError):  # the import lock is not held yet
-                        any(undo)
-        if self.pid < 0:
-            cause = _os_error()
-            raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
-        self.watch_end()
-
-    def watch_end(self) -> None:
-        try:
-            if _pidfd_open:
-                _keep(self.watch, _pidfd_open, self.pids[0], 0)
-                if self.watch[0] < 0:
-                    self.watch.clear()
-            elif not _LINUX and hasattr(select, "kqueue"):  # macOS and the BSDs
-                kqueue: Any = select
-                with contextlib.closing(kqueue.kqueue()) as queue:
-                    flags = kqueue.KQ_EV_ADD | kqueue.KQ_EV_ONESHOT
-                    queue.control([kqueue.kevent(self.pid, kqueue.KQ_FILTER_PROC, flags, kqueue.KQ_NOTE_EXIT)], 0)
-                    _keep(self.watch, os.dup, queue.fileno())
-        except OSError as error:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
-            if _from_a_signal_handler(error):
-                raise
-
-    def offer_to_the_kernel(self) -> None:
-        """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
-        if not _LINUX or _handler_of(_action_of(signal.SIGCHLD)[1]) == 1:  # ignored: the pid may be another's by now
-            return
-        opened = self.opened
-        try:
-            _keep(opened, _libc_quick.open, b"/proc/%d/oom_score_adj" % self.pid, os.O_RDWR | os.O_CLOEXEC)
-            score = ctypes.create_string_buffer(16)
-            if opened[0] >= 0 and _libc_quick.read(opened[0], score, 15) > 0:
-                score.value = b"%d" % min(int(score.value) + 300, 1000)
-                _libc_quick.write(opened[0], score, len(score.value))
-        finally:
-            _drain(opened, _libc_close)
-
     def reap(self, options: int = os.WNOHANG) -> bool:
         """Look whether the child is gone, or, with 0, wait until it is."""
-        wait4 = _libc_wait4_nohang if options else _libc_wait4
         if self.pid in self.waited and not os.WIFSTOPPED(self.status.value):
             self.gone = True
+        wait4 = _libc_wait4_nohang if options else _libc_wait4
         while not self.gone:
-            pid = wait4(self.pid, ctypes.byref(self.status), options, self.usage)
+            pid = wait4(self.pids[0], ctypes.byref(self.status), options, self.usage)
             if pid > 0 and os.WIFSTOPPED(self.status.value):  # it asked to be traced, and would wait for ever
                 self.send(signal.SIGKILL)
             elif pid > 0:
@@ -1643,7 +1592,7 @@ class _Process:
 
     def end(self) -> None:
         """Leave nothing of it behind; a second call goes on where the first was cut short."""
-        if self.pid > 0 and not self.gone:
+        if not self.gone and self.pid > 0:
             self.kill()
         _drain(self.opened, _libc_close)
         _drain(self.watch, _libc_close)
@@ -1658,24 +1607,95 @@ class _Process:
         return costs
 
 
+def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, threads: bool) -> None:
+    """Fork; the child runs ``child`` and exits.
+
+    All of it is one step of C: the parent's part ends at the first call that returns something true, which is fork,
+    with the pid; in the child fork returns 0, and the list goes on to its own end. So the pid cannot be lost, the
+    signal mask is put back, and the child cannot get out into the caller's code.
+    The child must not run any bytecode before the repair: it may have inherited a request to hand the GIL to a thread
+    that it does not have. Freezing comes first, since any allocation may set off a collection: the parent's garbage
+    is never finalised a second time, and the pages of its heap stay shared.
+    """
+    step = _step
+    before = [step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)]
+    in_child = [step(gc.freeze)]
+    if _REPORTS_PROPERTIES:
+        in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
+    after = [*reports.after, step(_libc_sigmask, _SIG_SETMASK, mask, None)]
+    if threads:
+        before.append(step(_imp.acquire_lock))  # the repair makes it anew
+        in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]  # type: ignore
+        after.insert(0, step(_imp.release_lock))
+    run, deliver = ((_has_attribute, ctypes.c_void_p(id(child)), name) for name in _PARTS_OF_LIFE)
+    life = [step(*run), step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, None), *(step(*deliver) for _ in range(3))]
+    steps = [*before, *reports.before, step(_libc_fork), *in_child, *reports.in_child, *life, step(_libc_exit, 1)]
+    process.steps = steps, after, child
+    chain = itertools.chain.from_iterable
+    try:
+        process.pids.extend(itertools.chain(itertools.islice(filter(None, chain(steps)), 1), chain(after)))
+    finally:
+        if not process.pids:  # a step before the fork raised
+            for undo in after:
+                with contextlib.suppress(RuntimeError):  # the import lock is not held yet
+                    any(undo)
+    if process.pids[0] < 0:
+        cause = _os_error()
+        raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
+
+
+def _watch_end(process: _Process) -> None:
+    """Get a descriptor that becomes readable when the child ends, where the system has such a thing."""
+    try:
+        if _pidfd_open:
+            _keep(process.watch, _pidfd_open, process.pids[0], 0)
+            if process.watch[0] < 0:
+                process.watch.clear()
+        elif not _LINUX and hasattr(select, "kqueue"):  # macOS and the BSDs
+            kqueue: Any = select
+            with contextlib.closing(kqueue.kqueue()) as queue:
+                flags = kqueue.KQ_EV_ADD | kqueue.KQ_EV_ONESHOT
+                queue.control([kqueue.kevent(process.pid, kqueue.KQ_FILTER_PROC, flags, kqueue.KQ_NOTE_EXIT)], 0)
+                _keep(process.watch, os.dup, queue.fileno())
+    except OSError as error:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
+        if _from_a_signal_handler(error):
+            raise
+
+
+def _offer_to_the_kernel(process: _Process) -> None:
+    """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
+    if not _LINUX or _handler_of(_action_of(signal.SIGCHLD)[1]) == 1:  # ignored: the pid may be another's by now
+        return
+    opened = process.opened
+    try:
+        _keep(opened, _libc_quick.open, b"/proc/%d/oom_score_adj" % process.pid, os.O_RDWR | os.O_CLOEXEC)
+        score = ctypes.create_string_buffer(16)
+        # A child that is there after that was there at that: so the file is its own, whoever else reaps children.
+        if opened[0] >= 0 and not process.reap() and _libc_quick.read(opened[0], score, 15) > 0:
+            score.value = b"%d" % min(int(score.value) + 300, 1000)
+            _libc_quick.write(opened[0], score, len(score.value))
+    finally:
+        _drain(opened, _libc_close)
+
+
 # ---------------------------------------------------------------------------------------------------------- The call
 
 _in_flight: dict[int, _Shared] = {}  # of all calls: a child closes those of others
 
 
 class _Call:
-    """One isolated call: ``start`` it, wait while it ``looks`` at the child, take its ``outcome``.
+    """One isolated call: ``start`` it, sleep while it ``looks`` at the child, take its ``_outcome``.
 
     As a context manager it gives back all that it holds, however the call went. A signal handler may raise on the
     way into an exit, so a call is entered three times: ``with call, call, call``.
     """
 
     ended = False
-    report_at = _REPORT_AT
     memory = 0
+    report_at = _REPORT_AT
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
-    taken = 0  # bytes of a generator's items
     received = 0  # bytes of the result
+    hurried = False  # whether a generator's last item came just now
 
     def __init__(
         self,
@@ -1695,12 +1715,8 @@ class _Call:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        if _getpid() != self.parent:
-            raise RuntimeError("this iterator belongs to the process that made it")
         self.started = _clock()
         self.deadline = math.inf if self.timeout is None else self.started + self.timeout
-
-    # -- starting
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function, or ``run`` with the function as its first argument."""
@@ -1728,38 +1744,14 @@ class _Call:
         self.reports = _StackReports(shared.bulk[0], mask, self.timeout is not None)
         threads = _other_threads()  # as late as can be, since threads of C may come at any moment
         _refuse_unsafe_fork(threads)
-        setup, teardown = self.child_setup(threads, flushed)
-        child = _Child(writer, mask, setup, teardown, function, args, kwargs)
-        self.process.fork(child, mask, self.reports, threads)
+        setup, teardown = _child_setup(self, threads, flushed)
+        child = _Child(writer, mask, self.reports.blocked, setup, teardown, function, args, kwargs)
+        _fork(self.process, child, mask, self.reports, threads)
+        _watch_end(self.process)
         if _MADV_DONTFORK and (threads or run is not None):
             # A later child, forked while this one runs, does not get this region to scribble on.
             _libc_madvise_quick(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
         self.looks = self.look_at_intervals()
-
-    def child_setup(self, threads: bool, flushed: bool) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
-        """What the child has to do before it calls the function, and after, besides what every child has to."""
-        setup: list[Callable[[], None]] = []
-        teardown: list[Callable[[], None]] = []
-        greenlets = not _GREENLET_LIBRARIES.isdisjoint(sys.modules)
-        if threads or greenlets:
-            setup.append(functools.partial(_renew, list(_child_hooks or ())))
-        if threads or not flushed:
-            setup.append(_renew_streams)
-        if len(_in_flight) > 1:
-            setup.append(functools.partial(_close_others, self.shared))
-        if _rebuilding:
-            setup.append(_wake_collector)
-        if "asyncio" in sys.modules:
-            setup.append(_leave_event_loop)
-        if greenlets:
-            setup.append(_leave_hubs)
-        if self.memory_limit is not None:
-            limits = resource.getrlimit(resource.RLIMIT_DATA)
-            setup.append(functools.partial(_limit_memory, self.memory, limits))
-            teardown.append(functools.partial(_lift_memory_limit, limits))
-        return setup, teardown
-
-    # -- waiting
 
     def look_at_intervals(self) -> Iterator[float]:
         """Look at the child and yield the seconds until the next look, until it is gone; at the deadline, kill it.
@@ -1773,12 +1765,13 @@ class _Call:
         while not process.reap():
             left = self.deadline - _clock()
             if looks == 1:
-                process.offer_to_the_kernel()
+                _offer_to_the_kernel(process)
             if left > 0:
-                longest = 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
                 if process.watch:
                     longest = 1.0 if looks else 0.01
-                yield min(longest, left)
+                else:
+                    longest = 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
+                yield longest if longest < left else left
             elif not process.expired and self.reports.timeout_signal:
                 process.expired = True
                 self.deadline = _clock() + 0.1  # time for the child to say where it is
@@ -1790,137 +1783,8 @@ class _Call:
                 process.kill()
             looks += 1
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep until the child ends or publishes something, but no longer than this."""
-        process, shared = self.process, self.shared
-        poll = getattr(select, "poll", None)  # eventlet takes it away, and lets others run in select
-        if poll is None and process.watch:
-            select.select([*process.watch, *shared.counter[:1]], [], [], seconds)
-        elif poll is None:
-            time.sleep(min(seconds, 0.01))
-        elif not process.watch and self.timeout is None and not self.sends and "gevent" not in sys.modules:
-            process.offer_to_the_kernel()
-            process.reap(0)
-        else:
-            poller = poll()
-            for descriptor in (*process.watch, *shared.counter[:1]):
-                poller.register(descriptor, select.POLLIN)
-            if not any(descriptor in shared.counter for descriptor, _ in poller.poll(seconds * 1000)):
-                return
-        if shared.counter:
-            shared.read_counter()
-
-    async def sleep_async(self, seconds: float) -> None:
-        """Sleep likewise, while the event loop goes on; what is published is waited for by generators only."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        descriptors = self.process.watch + (self.shared.counter[:1] if self.sends else [])
-        if not self.process.watch:
-            seconds = min(seconds, 0.02)
-        woken = loop.create_future()
-        try:
-            for descriptor in descriptors:
-                loop.add_reader(descriptor, _wake, woken)
-            await asyncio.wait([woken], timeout=seconds)
-        finally:
-            for descriptor in descriptors:
-                loop.remove_reader(descriptor)
-        if self.sends:
-            self.shared.read_counter()
-
-    # -- reading
-
-    def read_along(self) -> None:
-        """Rebuild the result while the child writes it; what the child says in the end counts, not what was rebuilt."""
-        if not self.shared.published or self.rebuilt is not None or self.sends:
-            return
-        _rest_collector(id(self))
-        reader = _Reader(self.shared, 0, self.more)
-        try:
-            self.rebuilt = [reader.unpickler(self.wait_for_buffers(reader)).load()]
-        except _Abandoned:
-            self.rebuilt = []
-        except Exception as error:
-            if _from_a_signal_handler(error):
-                raise
-            self.rebuilt = error
-
-    def more(self, position: int) -> int:
-        """Wait until the stream goes on behind a position; return up to where, or that position itself at its end."""
-        shared = self.shared
-        while _REGION_SIZE + shared.published <= position:
-            seconds = next(self.looks, None)
-            if seconds is None:
-                return max(self.wait_for_end()[1], position)
-            self.sleep(seconds)
-        return _REGION_SIZE + shared.published
-
-    def wait_for_buffers(self, reader: _Reader) -> Iterator[Any]:
-        yield from reader.take_buffers(*self.wait_for_end())
-
-    def wait_for_end(self) -> tuple[int, int]:
-        """Wait until the child is gone; return how many buffers its result has, and where the stream ends."""
-        for seconds in self.looks:
-            self.sleep(seconds)
-        progress, kind, count, start, length = self.shared.header.tolist()
-        if (progress, kind) != (_DELIVERED, _RESULT):
-            raise _Abandoned
-        return count, start + length
-
-    def items(self) -> Iterator[Any]:
-        """Rebuild the items that a generator has published, each when it is asked for."""
-        shared = self.shared
-        while self.taken < shared.published:
-            offset = self.taken
-            chunk = memoryview(os.pread(shared.bulk[0], min(shared.published - offset, 1 << 18), offset))
-            used = 0
-            while used + _ITEM.size <= len(chunk):
-                length, count = _ITEM.unpack_from(chunk, used)
-                start, end = used + _ITEM.size, used + _ITEM.size + length
-                if count or end > len(chunk):
-                    break
-                self.taken = offset + end
-                item = self.rebuild(pickle.loads, chunk[start:end])
-                used = end
-                yield item
-                self.restart_clock()
-            if not used:
-                item = self.rebuild(self.load_item, offset)
-                yield item
-                self.restart_clock()
-            self.give_room(offset)
-
-    def rebuild(self, load: Callable[[Any], Any], source: Any) -> Any:
-        try:
-            return load(source)
-        except Exception as error:
-            if _from_a_signal_handler(error):
-                raise
-            message = f"{_name(self.function)} yielded an item, but rebuilding it raised {_say(error)}"
-            raise self.error(DeserializationError, message) from error
-
-    def load_item(self, offset: int) -> Any:
-        """Rebuild an item that has buffers, or that is large."""
-        length, count = _ITEM.unpack(os.pread(self.shared.bulk[0], _ITEM.size, offset))
-        start = _REGION_SIZE + offset + _ITEM.size
-        end = start + length
-        reader = _Reader(self.shared, start, lambda position: max(end, position))
-        table = memoryview(bytearray(8 * count))
-        _read_stream(self.shared, end - len(table), table)
-        large = [size for size in table.cast("Q").tolist() if size >= _OUT_OF_BAND]
-        self.taken = list(_offsets(end - _REGION_SIZE, large))[-1] if large else end - _REGION_SIZE
-        return reader.unpickler(reader.take_buffers(count, end, alone=False)).load()
-
-    def give_room(self, since: int) -> None:
-        """Let the child go on, and give back the memory of what was taken."""
-        _write(self.shared.room[-1], struct.pack("=Q", self.taken - since))
-        self.shared.free(self.taken)
-
     def error(self, kind: type[MemIsolateError], message: str, **details: object) -> MemIsolateError:
         return kind(message, **details, **self.process.costs())
-
-    # -- giving back
 
     def __enter__(self) -> _Call:
         return self
@@ -1954,11 +1818,6 @@ class _Call:
         self.ended = True
 
 
-def _wake(woken: Any) -> None:
-    if not woken.done():
-        woken.set_result(None)
-
-
 def _need_frames(count: int) -> None:
     """Raise RecursionError while nothing is held yet, if what follows would meet the recursion limit half-way."""
     if count:
@@ -1973,6 +1832,32 @@ def _refuse_unsafe_fork(threads: bool) -> None:
     if threads and _missing_parts:
         missing = ", ".join(_missing_parts)
         raise ForkError(f"this Python cannot be forked safely while it has more than one thread: it lacks {missing}")
+
+
+def _child_setup(
+    call: _Call, threads: bool, flushed: bool
+) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+    """What the child has to do before it calls the function, and after, besides what every child has to."""
+    setup: list[Callable[[], None]] = []
+    teardown: list[Callable[[], None]] = []
+    greenlets = "gevent" in sys.modules or "eventlet" in sys.modules
+    if threads or greenlets:
+        setup.append(functools.partial(_renew, list(_child_hooks or ())))
+    if threads or not flushed:
+        setup.append(_renew_streams)
+    if len(_in_flight) > 1:
+        setup.append(functools.partial(_close_others, call.shared))
+    if _rebuilding:
+        setup.append(_wake_collector)
+    if "asyncio" in sys.modules:
+        setup.append(_leave_event_loop)
+    if greenlets:
+        setup.append(_leave_hubs)
+    if call.memory_limit is not None:
+        limits = resource.getrlimit(resource.RLIMIT_DATA)
+        setup.append(functools.partial(_limit_memory, call.memory, limits))
+        teardown.append(functools.partial(_lift_memory_limit, limits))
+    return setup, teardown
 
 
 def _close_others(own: _Shared) -> None:
@@ -2004,6 +1889,152 @@ def _limit_memory(most: int, limits: tuple[int, int]) -> None:
 def _lift_memory_limit(limits: tuple[int, int]) -> None:
     with contextlib.suppress(OSError, ValueError):  # the callable lowered the hard limit
         resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+# ------------------------------------------------------------------------------------- Waiting, and reading along
+
+
+def _sleep(call: _Call, seconds: float) -> None:
+    """Sleep until the child ends or publishes something, but no longer than this."""
+    process, counter = call.process, call.shared.counter
+    if call.hurried:  # many small items: to be woken for each would take longer than to rebuild it
+        time.sleep(_NAP)
+        if call.shared.read_counter():
+            return
+    poll = getattr(select, "poll", None)  # eventlet takes it away, and lets others run in select
+    if poll is None and process.watch:
+        select.select([*process.watch, *counter[:1]], [], [], seconds)
+    elif poll is None:
+        time.sleep(min(seconds, 0.01))
+    elif not process.watch and call.timeout is None and not call.sends and "gevent" not in sys.modules:
+        _offer_to_the_kernel(process)
+        process.reap(0)
+    else:
+        poller = poll()
+        for descriptor in (*process.watch, *counter[:1]):
+            poller.register(descriptor, select.POLLIN)
+        ready = poller.poll(seconds * 1000)
+        if len(ready) == 1 and [ready[0][0]] == process.watch:
+            return
+    call.hurried = call.shared.read_counter() and bool(call.sends)
+
+
+async def _sleep_async(call: _Call, seconds: float) -> None:
+    """Sleep likewise, while the event loop goes on; what is published is waited for by generators only."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    descriptors = call.process.watch + (call.shared.counter[:1] if call.sends else [])
+    if not call.process.watch:
+        seconds = min(seconds, 0.02)
+    woken = loop.create_future()
+    try:
+        for descriptor in descriptors:
+            loop.add_reader(descriptor, _wake, woken)
+        await asyncio.wait([woken], timeout=seconds)
+    finally:
+        for descriptor in descriptors:
+            loop.remove_reader(descriptor)
+    if call.sends:
+        call.shared.read_counter()
+
+
+def _wake(woken: Any) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+def _read_along(call: _Call) -> None:
+    """Rebuild the result while the child writes it; what the child says in the end counts, not what was rebuilt."""
+    shared = call.shared
+
+    def more(position: int) -> int:
+        """Wait until the stream goes on behind a position; return up to where, or that position itself at its end."""
+        while _REGION_SIZE + shared.published <= position:
+            seconds = next(call.looks, None)
+            if seconds is None:
+                return max(wait_for_end()[1], position)
+            _sleep(call, seconds)
+        return _REGION_SIZE + shared.published
+
+    def wait_for_end() -> tuple[int, int]:
+        """Wait until the child is gone; return how many buffers its result has, and where the stream ends."""
+        for seconds in call.looks:
+            _sleep(call, seconds)
+        progress, kind, count, start, length = shared.header.tolist()
+        if (progress, kind) != (_DELIVERED, _RESULT):
+            raise _Abandoned
+        return count, start + length
+
+    def wait_for_buffers() -> Iterator[Any]:
+        yield from reader.take_buffers(*wait_for_end())
+
+    _rest_collector(id(call))
+    reader = _Reader(shared, 0, more)
+    try:
+        call.rebuilt = [reader.unpickler(wait_for_buffers()).load()]
+    except _Abandoned:
+        call.rebuilt = []
+    except Exception as error:
+        if _from_a_signal_handler(error):
+            raise
+        call.rebuilt = error
+
+
+class _Items:
+    """The items of a generator, as they come."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call, self.shared = call, call.shared
+        self.taken = 0  # bytes
+        self.stay_in_this_process()
+        call.restart_clock()
+
+    def published(self) -> Iterator[Any]:
+        """Rebuild what the child has published, each item when it is asked for."""
+        shared, call = self.shared, self.call
+        while self.taken < shared.published:
+            since = self.taken
+            chunk = memoryview(os.pread(shared.bulk[0], min(shared.published - since, _READ_AHEAD), since))
+            used = 0
+            while used + _ITEM.size <= len(chunk) and _getpid() == call.parent:
+                length, count = _ITEM.unpack_from(chunk, used)
+                start, used = used + _ITEM.size, used + _ITEM.size + length
+                if count or used > len(chunk):
+                    break
+                self.taken = since + used
+                yield self.rebuild(pickle.loads, chunk[start:used])
+            if self.taken == since:
+                yield self.rebuild(self.load, since)
+            self.stay_in_this_process()
+            _write(shared.room[-1], _WORD.pack(self.taken - since))  # so that the child may go on
+            shared.free(self.taken)
+            call.restart_clock()
+
+    def stay_in_this_process(self) -> None:
+        if _getpid() != self.call.parent:
+            raise RuntimeError("this iterator belongs to the process that made it")
+
+    def rebuild(self, load: Callable[[Any], Any], source: Any) -> Any:
+        try:
+            return load(source)
+        except Exception as error:
+            if _from_a_signal_handler(error):
+                raise
+            message = f"{_name(self.call.function)} yielded an item, but rebuilding it raised {_say(error)}"
+            raise self.call.error(DeserializationError, message) from error
+
+    def load(self, offset: int) -> Any:
+        """Rebuild an item that has buffers, or that is large."""
+        length, count = _ITEM.unpack(os.pread(self.shared.bulk[0], _ITEM.size, offset))
+        start = _REGION_SIZE + offset + _ITEM.size
+        end = start + length
+        reader = _Reader(self.shared, start, lambda position: max(end, position))
+        table = memoryview(bytearray(8 * count))
+        _read_stream(self.shared, end - len(table), table)
+        large = [size for size in table.cast("Q").tolist() if size >= _OUT_OF_BAND]
+        self.taken = list(_offsets(end - _REGION_SIZE, large))[-1] if large else end - _REGION_SIZE
+        return reader.unpickler(reader.take_buffers(count, end, alone=False)).load()
 
 
 # ------------------------------------------------------------------------------------------ The outcome, in the parent
@@ -2137,8 +2168,9 @@ def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with call, call, call:
             call.start(args, kwargs)
             for seconds in call.looks:
-                call.sleep(seconds)
-                call.read_along()
+                _sleep(call, seconds)
+                if call.shared.published and call.rebuilt is None:
+                    _read_along(call)
             return _outcome(call)
     finally:
         if _logger.isEnabledFor(logging.DEBUG):
@@ -2152,7 +2184,7 @@ async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any])
         with call, call, call:
             call.start(args, kwargs, run=_run_coroutine)
             for seconds in call.looks:
-                await call.sleep_async(seconds)
+                await _sleep_async(call, seconds)
             return _outcome(call)
     finally:
         if _logger.isEnabledFor(logging.DEBUG):
@@ -2163,13 +2195,13 @@ def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gene
     __tracebackhide__ = True
     try:
         with call, call, call:
-            call.restart_clock()
+            items = _Items(call)
             call.start(args, kwargs)
             for seconds in call.looks:
-                call.sleep(seconds)
-                yield from call.items()
+                _sleep(call, seconds)
+                yield from items.published()
             call.shared.read_counter()
-            yield from call.items()
+            yield from items.published()
             return _outcome(call)
     finally:
         if _logger.isEnabledFor(logging.DEBUG):
@@ -2181,14 +2213,14 @@ async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, A
     _need_loop()
     try:
         with call, call, call:
-            call.restart_clock()
+            items = _Items(call)
             call.start(args, kwargs)
             for seconds in call.looks:
-                await call.sleep_async(seconds)
-                for item in call.items():
+                await _sleep_async(call, seconds)
+                for item in items.published():
                     yield item
             call.shared.read_counter()
-            for item in call.items():
+            for item in items.published():
                 yield item
             _outcome(call)
     finally:
@@ -2263,9 +2295,11 @@ async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *ar
 
 def _kind_of(function: Any) -> str:
     """Whether it is a generator function, an asynchronous one, or neither; partials and methods are looked through."""
-    while type(function) in (functools.partial, types.MethodType):
+    while type(function) is not _FUNCTION:
+        if type(function) not in (functools.partial, types.MethodType):
+            return ""
         function = function.func if type(function) is functools.partial else function.__func__
-    flags = function.__code__.co_flags if type(function) is types.FunctionType else 0
+    flags = function.__code__.co_flags
     return "generator" if flags & 0x20 else "async generator" if flags & 0x200 else ""  # inspect.CO_GENERATOR, ...
 
 
@@ -2538,7 +2572,7 @@ def _warm_up() -> None:
     shared.header = memoryview(bytearray(_HEADER_SIZE)).cast("Q")
     shared.region = memoryview(bytearray(_REGION_SIZE))
     for _ in range(16):
-        child = _Child(_Writer(shared, 0), None, [], [], _warm_up, (), {})
+        child = _Child(_Writer(shared, 0), None, None, [], [], _warm_up, (), {})
         *_, dump, _ = child.life
         _deliver_outcome(child.writer, dump, None, None)
 
