@@ -1406,7 +1406,7 @@ class _StackReports:
             self.after.append(_step(faulthandler.disable))
         if with_timeout:
             self.report_timeouts(bulk, mask)
-        if _libc_sigaltstack is not None and threading.get_ident() != threading.main_thread().ident:
+        if _libc_sigaltstack is not None and _get_ident() != _MAIN_THREAD:
             # A handler for a stack overflow needs a stack of its own, which faulthandler gives to one thread only.
             theirs = ctypes.create_string_buffer(3 * ctypes.sizeof(ctypes.c_void_p))
             self.before.append(_step(_libc_sigaltstack, _alternative_stack(), theirs))
@@ -1423,6 +1423,7 @@ class _StackReports:
                 return
 
 
+_MAIN_THREAD, _get_ident = threading.main_thread().ident, threading.get_ident
 _WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to show that allocates memory
 
 
@@ -1681,6 +1682,7 @@ def _offer_to_the_kernel(process: _Process) -> None:
 # ---------------------------------------------------------------------------------------------------------- The call
 
 _in_flight: dict[int, _Shared] = {}  # of all calls: a child closes those of others
+_NO_LOOKS: Iterator[float] = iter(())
 
 
 class _Call:
@@ -1802,6 +1804,8 @@ class _Call:
         try:
             if failed is not None:
                 raise failed
+            if _logger.isEnabledFor(logging.DEBUG):
+                _log(self, raised[0])
         finally:
             del failed  # which refers to this frame
 
@@ -1814,7 +1818,7 @@ class _Call:
             self.shared.release()
             _in_flight.pop(id(self), None)
         # A generator that looks refers to this call, and the steps to its arguments.
-        self.rebuilt, self.looks, self.process.steps = None, iter(()), ()
+        self.rebuilt, self.looks, self.process.steps = None, _NO_LOOKS, ()
         self.ended = True
 
 
@@ -2164,68 +2168,52 @@ def _ending(call: _Call, progress: int, details: dict[str, Any], where: str) -> 
 
 def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     __tracebackhide__ = True
-    try:
-        with call, call, call:
-            call.start(args, kwargs)
-            for seconds in call.looks:
-                _sleep(call, seconds)
-                if call.shared.published and call.rebuilt is None:
-                    _read_along(call)
-            return _outcome(call)
-    finally:
-        if _logger.isEnabledFor(logging.DEBUG):
-            _log(call)
+    with call, call, call:
+        call.start(args, kwargs)
+        for seconds in call.looks:
+            _sleep(call, seconds)
+            if call.shared.published and call.rebuilt is None:
+                _read_along(call)
+        return _outcome(call)
 
 
 async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     __tracebackhide__ = True
     _need_loop()
-    try:
-        with call, call, call:
-            call.start(args, kwargs, run=_run_coroutine)
-            for seconds in call.looks:
-                await _sleep_async(call, seconds)
-            return _outcome(call)
-    finally:
-        if _logger.isEnabledFor(logging.DEBUG):
-            _log(call)
+    with call, call, call:
+        call.start(args, kwargs, run=_run_coroutine)
+        for seconds in call.looks:
+            await _sleep_async(call, seconds)
+        return _outcome(call)
 
 
 def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, None, Any]:
     __tracebackhide__ = True
-    try:
-        with call, call, call:
-            items = _Items(call)
-            call.start(args, kwargs)
-            for seconds in call.looks:
-                _sleep(call, seconds)
-                yield from items.published()
-            call.shared.read_counter()
+    with call, call, call:
+        items = _Items(call)
+        call.start(args, kwargs)
+        for seconds in call.looks:
+            _sleep(call, seconds)
             yield from items.published()
-            return _outcome(call)
-    finally:
-        if _logger.isEnabledFor(logging.DEBUG):
-            _log(call)
+        call.shared.read_counter()
+        yield from items.published()
+        return _outcome(call)
 
 
 async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AsyncIterator[Any]:
     __tracebackhide__ = True
     _need_loop()
-    try:
-        with call, call, call:
-            items = _Items(call)
-            call.start(args, kwargs)
-            for seconds in call.looks:
-                await _sleep_async(call, seconds)
-                for item in items.published():
-                    yield item
-            call.shared.read_counter()
+    with call, call, call:
+        items = _Items(call)
+        call.start(args, kwargs)
+        for seconds in call.looks:
+            await _sleep_async(call, seconds)
             for item in items.published():
                 yield item
-            _outcome(call)
-    finally:
-        if _logger.isEnabledFor(logging.DEBUG):
-            _log(call)
+        call.shared.read_counter()
+        for item in items.published():
+            yield item
+        _outcome(call)
 
 
 def _need_loop() -> None:
@@ -2244,8 +2232,7 @@ def _run_coroutine(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -
     return asyncio.run(value)
 
 
-def _log(call: _Call) -> None:
-    error = sys.exc_info()[0]
+def _log(call: _Call, error: Any) -> None:
     outcome = "returned" if error is None else f"raised {error.__name__}"
     costs = call.process.costs()
     child = {"child_pid": costs.pop("pid"), **costs}
@@ -2479,13 +2466,9 @@ def _tour() -> int:
         with open("/proc/self/statm") as statm:
             return int(statm.read().split()[1]) * _PAGE >> 20
 
-    def leak() -> str:
-        size = 256 << 20
-        ctypes.memset(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size))), 1, size)
-        return f"the child grew to {resident()} MiB"
-
-    def crash() -> None:
-        ctypes.string_at(0)
+    def leak() -> int:
+        ctypes.memset(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(256 << 20))), 1, 256 << 20)
+        return resident()
 
     def change() -> float:
         state["changed"] = True
@@ -2494,63 +2477,45 @@ def _tour() -> int:
     def fail() -> None:
         state["no such key"]
 
-    def hoard() -> None:
-        bytearray(1 << 30)
+    def crash() -> None:
+        ctypes.string_at(0)
 
     def leaks() -> tuple[bool, str]:
-        before, said = resident(), execute_in_isolated_process(leak)
+        before, child, after = resident(), execute_in_isolated_process(leak), resident()
         return (
-            resident() - before < 8,
-            f"{said}; the parent's RSS was {before} MiB before and is {resident()} MiB after",
+            after - before < 8,
+            f"the child grew to {child} MiB, the parent had {before} MiB before and {after} after",
         )
-
-    def crashes() -> tuple[bool, str]:
-        try:
-            return False, f"returned {execute_in_isolated_process(crash)}"
-        except KilledBySignalError as error:
-            return error.signal == signal.SIGSEGV, f"{type(error).__name__}: {error}"
 
     def changes() -> tuple[bool, str]:
         same = execute_in_isolated_process(change) == execute_in_isolated_process(change) == random.random()
         return same and not state["changed"], f"the parent's global is still {state}, and its generator where it was"
 
-    def fails() -> tuple[bool, str]:
-        try:
-            return False, f"returned {execute_in_isolated_process(fail)}"
-        except KeyError as error:
-            lines = str(error.__cause__).strip().strip('"').strip().splitlines()
-            return "in fail" in str(error.__cause__), "\n".join([f"{error!r}, and the child's traceback:", *lines])
-
     def returns() -> tuple[bool, str]:
         result = execute_in_isolated_process(lambda: os.urandom(1 << 20) * 64)
         return len(result) == 64 << 20, f"got {len(result) >> 20} MiB"
 
-    def hangs() -> tuple[bool, str]:
+    def raises(kind: type[BaseException], function: Callable[..., Any], *args: Any, **limits: Any) -> tuple[bool, str]:
         try:
-            return False, f"returned {isolated(time.sleep, timeout=0.3)(60)}"
-        except CallableTimeoutError as error:
-            return True, f"{type(error).__name__}: {error}"
+            return False, f"returned {isolated(function, **limits)(*args)}"
+        except kind as error:
+            traceback_of_the_child = str(error.__cause__ or "").strip().strip('"').rstrip()
+            return True, f"{type(error).__name__}: {error}{traceback_of_the_child}"
 
-    def hoards() -> tuple[bool, str]:
-        try:
-            return False, f"returned {isolated(hoard, memory_limit=256 << 20)()}"
-        except MemoryError as error:
-            return True, f"{error!r} in the child, raised here"
-
-    steps: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-        ("leak 256 MiB of C memory", leaks),
-        ("segfault", crashes),
-        ("change a global and the random state", changes),
-        ("raise an exception", fails),
-        ("return 64 MiB", returns),
-        ("sleep 60 s, with timeout=0.3", hangs),
-        ("take 1 GiB, with memory_limit=256 MiB", hoards),
-    ]
-    if not sys.platform.startswith("linux"):
-        steps = [step for step in steps if step[1] not in (leaks, hoards)]  # they need /proc and RLIMIT_DATA
+    steps: dict[str, Callable[[], tuple[bool, str]]] = {
+        "leak 256 MiB of C memory": leaks,
+        "change a global and the random state": changes,
+        "return 64 MiB": returns,
+        "raise an exception": lambda: raises(KeyError, fail),
+        "segfault": lambda: raises(KilledBySignalError, crash),
+        "sleep 60 s, with timeout=0.3": lambda: raises(CallableTimeoutError, time.sleep, 60, timeout=0.3),
+        "take 1 GiB, with memory_limit=256 MiB": lambda: raises(MemoryError, bytearray, 1 << 30, memory_limit=1 << 28),
+    }
+    if not _LINUX:  # no /proc, no RLIMIT_DATA
+        steps = {title: step for title, step in steps.items() if "256 MiB" not in title}
     print(f"mem_isolate {__version__} on Python {sys.version.split()[0]}, {os.uname().sysname} {os.uname().release}")
     failures = 0
-    for title, step in steps:
+    for title, step in steps.items():
         started = time.perf_counter()
         try:
             good, said = step()
@@ -2561,6 +2526,25 @@ def _tour() -> int:
         print(f"{'ok  ' if good else 'FAIL'} {title} ({milliseconds:.1f} ms): " + said.replace("\n", "\n         "))
     print(f"{failures} of {len(steps)} did not do what they should" if failures else "This platform is supported.")
     return 1 if failures else 0
+
+
+def _main(arguments: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        description="Without an option: a tour, which tries on this machine what mem_isolate promises."
+    )
+    parser.add_argument("--version", action="store_true", help="print version, date and SHA-256, to compare copies by")
+    if not parser.parse_args(arguments).version:
+        return _tour()
+    import hashlib
+
+    with open(__file__, "rb") as file:
+        text = file.read()
+    newest = re.search(r"^# ([0-9.]+) \((.*?)\)", text.decode(), re.MULTILINE)  # of the history at the top
+    date = newest[2] if newest else "date unknown"
+    print(f"mem_isolate {__version__} ({date}) sha256 {hashlib.sha256(text).hexdigest()}")
+    return 0
 
 
 def _warm_up() -> None:
@@ -2580,4 +2564,4 @@ def _warm_up() -> None:
 _warm_up()  # last, since another global would make the interpreter forget what it learnt about those
 
 if __name__ == "__main__":
-    sys.exit(_tour())
+    sys.exit(_main(sys.argv[1:]))
