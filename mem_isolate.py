@@ -2482,10 +2482,8 @@ def _tour() -> int:
 
     def leaks() -> tuple[bool, str]:
         before, child, after = resident(), execute_in_isolated_process(leak), resident()
-        return (
-            after - before < 8,
-            f"the child grew to {child} MiB, the parent had {before} MiB before and {after} after",
-        )
+        said = f"the child grew to {child} MiB; the parent's RSS was {before} MiB before and is {after} MiB after"
+        return after - before < 8, said
 
     def changes() -> tuple[bool, str]:
         same = execute_in_isolated_process(change) == execute_in_isolated_process(change) == random.random()
@@ -2535,7 +2533,7 @@ def _main(arguments: list[str]) -> int:
         description="Without an option: a tour, which tries on this machine what mem_isolate promises."
     )
     parser.add_argument("--version", action="store_true", help="print version, date and SHA-256, to compare copies by")
-    if not parser.parse_args(arguments).version:
+    if not parser.parse_known_args(arguments)[0].version:
         return _tour()
     import hashlib
 
