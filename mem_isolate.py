@@ -1384,7 +1384,7 @@ class _StackReports:
         self.after: list[Iterator[Any]] = []
         self.timeout_signal = 0  # what makes the child write its stack and end
         self.blocked = _SIGNALS  # in the child, but while the callable runs
-        if faulthandler is None or resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        if faulthandler is None or _getrlimit(_LIMIT_OF_FILES)[0] != _UNLIMITED:
             return  # beyond that limit the child would die of SIGXFSZ instead
         try:
             os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
@@ -1423,6 +1423,7 @@ class _StackReports:
                 return
 
 
+_getrlimit, _LIMIT_OF_FILES, _UNLIMITED = resource.getrlimit, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
 _MAIN_THREAD, _get_ident = threading.main_thread().ident, threading.get_ident
 _WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to show that allocates memory
 
@@ -1505,6 +1506,18 @@ _PARTS_OF_LIFE = [ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "
 _PARTS_OF_LIFE.append(ctypes.c_void_p(id("deliver")))
 
 
+_byref = ctypes.byref
+
+
+class _Ending(ctypes.Structure):
+    """What wait4 fills in: the status and a struct rusage."""
+
+    _fields_ = [("status", ctypes.c_int), ("usage", ctypes.c_long * 32)]
+
+
+_USAGE_AT = _Ending.usage.offset
+
+
 class _Process:
     """A child from fork to reaping."""
 
@@ -1517,8 +1530,7 @@ class _Process:
         self.opened: list[int] = []  # a file of the child's in /proc
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
-        self.status = ctypes.c_int(-1)
-        self.usage = (ctypes.c_long * 32)()  # struct rusage
+        self.ending = _Ending(-1)
 
     @property
     def pid(self) -> int:
@@ -1526,12 +1538,12 @@ class _Process:
 
     def reap(self, options: int = os.WNOHANG) -> bool:
         """Look whether the child is gone, or, with 0, wait until it is."""
-        if self.pid in self.waited and not os.WIFSTOPPED(self.status.value):
+        if self.pid in self.waited and not os.WIFSTOPPED(self.ending.status):
             self.gone = True
         wait4 = _libc_wait4_nohang if options else _libc_wait4
         while not self.gone:
-            pid = wait4(self.pids[0], ctypes.byref(self.status), options, self.usage)
-            if pid > 0 and os.WIFSTOPPED(self.status.value):  # it asked to be traced, and would wait for ever
+            pid = wait4(self.pids[0], _byref(self.ending), options, _byref(self.ending, _USAGE_AT))
+            if pid > 0 and os.WIFSTOPPED(self.ending.status):  # it asked to be traced, and would wait for ever
                 self.send(signal.SIGKILL)
             elif pid > 0:
                 self.gone = True
@@ -1570,7 +1582,7 @@ class _Process:
         mask = _SignalSet()
         _libc_sigmask(_SIG_BLOCK, None, mask)
         block = _step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)
-        wait = _step(_libc_wait4, self.pid, ctypes.byref(self.status), 0, self.usage)
+        wait = _step(_libc_wait4, self.pid, _byref(self.ending), 0, _byref(self.ending, _USAGE_AT))
         unblock = _step(_libc_sigmask, _SIG_SETMASK, mask, None)
         try:
             self.waited.extend(itertools.chain(block, signalling, wait, unblock))
@@ -1602,7 +1614,7 @@ class _Process:
         """What the child used, as the attributes of an error."""
         costs: dict[str, Any] = {"pid": self.pid if self.pid > 0 else None, "peak_memory": None, "cpu_time": None}
         if self.gone and self.wait_error is None and self.pid > 0 and _USAGE_IS_KNOWN:
-            user, user_us, system, system_us, peak = self.usage[:5]
+            user, user_us, system, system_us, peak = self.ending.usage[:5]
             micro = (user_us & 0xFFFFFFFF) + (system_us & 0xFFFFFFFF)  # of macOS, whose upper half is anything
             costs.update(peak_memory=peak * _PEAK_UNIT, cpu_time=user + system + micro / 1e6)
         return costs
@@ -1683,6 +1695,7 @@ def _offer_to_the_kernel(process: _Process) -> None:
 
 _in_flight: dict[int, _Shared] = {}  # of all calls: a child closes those of others
 _NO_LOOKS: Iterator[float] = iter(())
+_NEVER = math.inf
 
 
 class _Call:
@@ -1718,7 +1731,7 @@ class _Call:
 
     def restart_clock(self) -> None:
         self.started = _clock()
-        self.deadline = math.inf if self.timeout is None else self.started + self.timeout
+        self.deadline = _NEVER if self.timeout is None else self.started + self.timeout
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function, or ``run`` with the function as its first argument."""
@@ -1814,7 +1827,8 @@ class _Call:
         try:
             self.process.end()
         finally:
-            _wake_collector(id(self))
+            if _rebuilding:
+                _wake_collector(id(self))
             self.shared.release()
             _in_flight.pop(id(self), None)
         # A generator that looks refers to this call, and the steps to its arguments.
@@ -2109,7 +2123,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
 
 def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
-    name, process, status = _name(call.function), call.process, call.process.status.value
+    name, process, status = _name(call.function), call.process, call.process.ending.status
     where = report = ""
     details: dict[str, Any] = {}
     if process.wait_error is None and os.WIFSIGNALED(status):
@@ -2149,7 +2163,7 @@ def _ending(call: _Call, progress: int, details: dict[str, Any], where: str) -> 
             ending += ", most likely by the kernel because memory ran out, the machine's or a container's"
             ending += f" (its peak was {peak / 2**20:.0f} MiB)" if peak else ""
     else:
-        details["exit_status"] = os.WEXITSTATUS(process.status.value)
+        details["exit_status"] = os.WEXITSTATUS(process.ending.status)
         ending = f"it ended with status {details['exit_status']}"
     if progress == _NOT_STARTED:
         message = f"the child did not reach {name}: {ending}; it is safe to retry"
