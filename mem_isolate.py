@@ -1965,6 +1965,8 @@ def _wake(woken: Any) -> None:
 def _read_along(call: _Call) -> None:
     """Rebuild the result while the child writes it; what the child says in the end counts, not what was rebuilt."""
     shared = call.shared
+    if not shared.published or call.rebuilt is not None:
+        return
 
     def more(position: int) -> int:
         """Wait until the stream goes on behind a position; return up to where, or that position itself at its end."""
@@ -2177,7 +2179,8 @@ def _ending(call: _Call, progress: int, details: dict[str, Any], where: str) -> 
     return call.error(kind, f"the child did not survive {name}: {ending}; retry only if it may run twice", **details)
 
 
-# The drivers. A call is entered three times since a signal handler may raise on the way into an exit.
+# The drivers. A call is entered three times since a signal handler may raise on the way into an exit. No loop in them
+# ends with an `if`: CPython 3.13 leaves the jump back that follows it, where handlers run, out of the `with` block.
 
 
 def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -2186,8 +2189,7 @@ def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call.start(args, kwargs)
         for seconds in call.looks:
             _sleep(call, seconds)
-            if call.shared.published and call.rebuilt is None:
-                _read_along(call)
+            _read_along(call)
         return _outcome(call)
 
 
