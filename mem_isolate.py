@@ -361,9 +361,10 @@ _MAPPED = 256 * 1024  # and mapping, of which a process may have 65,530
 _READ_AHEAD = 1 << 18  # bytes that the parent reads at a time
 _PIECE = 4 << 20  # bytes that are written, then published, at a time
 _NAP = 50e-6  # seconds that small items of a generator are let come together
-_AHEAD = 64 << 20  # bytes that a generator's child may be ahead of its reader
+_AHEAD = 64 << 20  # bytes that a generator's child may be ahead of its reader, or one item if that is larger
 _WORD = struct.Struct("=Q")
 _ITEM = struct.Struct("=QQ")  # goes before each item of a generator: length of its stream, number of its buffers
+_AT_THE_START = 2**64 - 1  # instead of that number: the next item is there
 
 # How far the child came. Not small numbers, so that hardly a stray write is taken for one of them.
 _NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartrunning!returneddelivers")
@@ -421,8 +422,8 @@ class _Shared:
     def free(self, end: int) -> None:
         """Give back the memory of the bulk up to here, where that is worth a system call."""
         end -= end % _PAGE
-        if _libc_fallocate is not None and end - self.freed >= 1 << 20:
-            _libc_fallocate(self.bulk[0], _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, self.freed, end - self.freed)
+        if end - self.freed >= 1 << 20:
+            _punch(self.bulk[0], self.freed, end)
             self.freed = end
 
     def close_descriptors(self) -> None:
@@ -437,6 +438,12 @@ class _Shared:
                 view.release()  # nobody may look there any more, a debugger in a traceback's frames included
         self.close_descriptors()
         _drain(self.mapping, _libc_munmap, _SHARED_SIZE)
+
+
+def _punch(bulk: int, start: int, end: int) -> None:
+    """Give back the memory of a part of the bulk, which then reads as zeros."""
+    if _libc_fallocate is not None and start < end:
+        _libc_fallocate(bulk, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, end - start)
 
 
 def _make_bulk(descriptors: list[int]) -> None:
@@ -595,43 +602,68 @@ def _working_counter(descriptors: list[int]) -> int:
 
 
 class _ItemSender:
-    """A generator's child writes item after item to the bulk, with its buffers, and publishes it when it is whole."""
+    """A generator's child writes item after item to the bulk, with its buffers, and publishes it when it is whole.
+
+    The bulk is a ring: an item that does not fit before its end goes to its start, whose pages are there already. The
+    counters run on, what was left out at the end included.
+    """
 
     def __init__(self, writer: _Writer) -> None:
         self.writer = writer
-        self.sent = self.taken = 0  # bytes
+        self.place = 0  # where the next item goes
+        self.extent = 0  # the end of all that was ever written
+        self.sent = self.taken = 0  # bytes, as the parent counts them
 
     def send(self, item: Any) -> None:
-        writer, start = self.writer, self.sent
+        writer, place = self.writer, self.place
         buffers = writer.buffers = []
         try:
             stream = pickle.dumps(item, 5, buffer_callback=writer.keep_out_of_band)
         except Exception as error:
             raise _UnpicklableItem(type(item).__qualname__) from error
+        large: list[memoryview] = []
         if buffers:
             stream += b"".join(view for view in buffers if view.nbytes < _OUT_OF_BAND)
             stream += struct.pack(f"={len(buffers)}Q", *[view.nbytes for view in buffers])
-        end = start + _ITEM.size + len(stream)
+            large += [view for view in buffers if view.nbytes >= _OUT_OF_BAND]
+        size = _ITEM.size + len(stream)
+        most = size + sum([view.nbytes + _PAGE for view in large])
         try:
-            written = _pwritev(writer.bulk, (_ITEM.pack(len(stream), len(buffers)), stream), start)
-            if start + written < end:  # some systems refuse to write 2 GiB at once
-                writer.write_bulk(start + written, memoryview(stream)[written - _ITEM.size :])
-            if buffers:
-                end = self.send_large(end, [view for view in buffers if view.nbytes >= _OUT_OF_BAND])
-            _write(writer.counter, _WORD.pack(end - start))
+            if place + most > _AHEAD or self.sent + most - self.taken > _AHEAD:
+                place = self.find_room(most)
+            end = place + size
+            written = _pwritev(writer.bulk, (_ITEM.pack(len(stream), len(buffers)), stream), place)
+            if written < size:  # some systems refuse to write 2 GiB at once
+                writer.write_bulk(place + written, memoryview(stream)[written - _ITEM.size :])
+            if large:
+                *offsets, end = _offsets(end, [view.nbytes for view in large])
+                for offset, view in zip(offsets, large):
+                    writer.write_bulk(offset, view)
+            _write(writer.counter, _WORD.pack(end - place))
+            self.sent += end - place
         except OSError:
             writer.failed = True
             raise
-        self.sent = end
-        while end - self.taken > _AHEAD:
-            told = _read(writer.shared.room[0], 4096)
-            self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
+        self.place = end
 
-    def send_large(self, end: int, buffers: list[memoryview]) -> int:
-        for offset, view in zip(_offsets(end, [view.nbytes for view in buffers]), buffers):
-            self.writer.write_bulk(offset, view)
-            end = offset + -(-view.nbytes // _PAGE) * _PAGE
-        return end
+    def find_room(self, size: int) -> int:
+        """Wait until the parent has taken enough; return where an item of this size goes."""
+        place, writer = self.place, self.writer
+        if place + size > _AHEAD and place > 0:
+            left_out = max(_AHEAD - place, 0)
+            self.wait_for_room(left_out)
+            if left_out >= _ITEM.size:
+                place += _pwritev(writer.bulk, (_ITEM.pack(0, _AT_THE_START),), place)
+            _write(writer.counter, _WORD.pack(left_out))
+            self.sent += left_out
+            self.extent, place = max(self.extent, place), 0
+        self.wait_for_room(size)
+        return place
+
+    def wait_for_room(self, size: int) -> None:
+        while self.sent - self.taken > max(_AHEAD - size, 0):
+            told = _read(self.writer.shared.room[0], 4096)
+            self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
 
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a generator function to its end in the child; return what it returns."""
@@ -660,7 +692,7 @@ class _ItemSender:
 
     def __exit__(self, *raised: object) -> None:
         writer = self.writer
-        writer.start = writer.position = _REGION_SIZE + self.sent  # of what comes after the items
+        writer.start = writer.position = _REGION_SIZE + max(self.extent, self.place)  # of what comes after the items
         if writer.failed:
             writer.bulk = -1  # the callable may have closed it
 
@@ -766,9 +798,8 @@ def _map(shared: _Shared, offset: int, length: int) -> memoryview:
     """A piece of the bulk, mapped privately where the rest of it can be cut away and it can be sealed."""
     bulk = shared.bulk[0]
     size, end = os.fstat(bulk).st_size, offset + -(-length // _PAGE) * _PAGE
-    for start, count in ((0, offset), (end, size - end)):
-        if _libc_fallocate is not None and count > 0:
-            _libc_fallocate(bulk, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, count)
+    _punch(bulk, 0, offset)
+    _punch(bulk, end, size)
     if _libc_fallocate is None or not _seal(shared):
         view = memoryview(_private_memory(length))
         _read_stream(shared, offset + _REGION_SIZE, view)
@@ -2006,7 +2037,9 @@ class _Items:
 
     def __init__(self, call: _Call) -> None:
         self.call, self.shared = call, call.shared
-        self.taken = 0  # bytes
+        self.place = 0  # where the next item is in the bulk
+        self.taken = 0  # bytes, as the child counts them
+        self.shared.freed = sys.maxsize  # nothing is given back: the child writes there again
         self.stay_in_this_process()
         call.restart_clock()
 
@@ -2014,21 +2047,27 @@ class _Items:
         """Rebuild what the child has published, each item when it is asked for."""
         shared, call = self.shared, self.call
         while self.taken < shared.published:
-            since = self.taken
-            chunk = memoryview(os.pread(shared.bulk[0], min(shared.published - since, _READ_AHEAD), since))
-            used = 0
+            place, rest = self.place, max(_AHEAD - self.place, 0)
+            many = min(shared.published - self.taken, _READ_AHEAD, rest)
+            chunk = memoryview(os.pread(shared.bulk[0], many, place))
+            used = count = 0
             while used + _ITEM.size <= len(chunk) and _getpid() == call.parent:
                 length, count = _ITEM.unpack_from(chunk, used)
-                start, used = used + _ITEM.size, used + _ITEM.size + length
-                if count or used > len(chunk):
+                start, end = used + _ITEM.size, used + _ITEM.size + length
+                if count or end > len(chunk):
                     break
-                self.taken = since + used
-                yield self.rebuild(pickle.loads, chunk[start:used])
-            if self.taken == since:
-                yield self.rebuild(self.load, since)
+                used = end
+                yield self.rebuild(pickle.loads, chunk[start:end])
+            self.place += used
+            if len(chunk) < _ITEM.size or count == _AT_THE_START and not used:
+                self.place, used = 0, rest
+            elif not used:
+                yield self.rebuild(self.load, place)
+                used = self.place - place
+                _punch(shared.bulk[0], _AHEAD, self.place)  # of one that was larger than the ring
             self.stay_in_this_process()
-            _write(shared.room[-1], _WORD.pack(self.taken - since))  # so that the child may go on
-            shared.free(self.taken)
+            self.taken += used
+            _write(shared.room[-1], _WORD.pack(used))  # so that the child may go on
             call.restart_clock()
 
     def stay_in_this_process(self) -> None:
@@ -2053,7 +2092,7 @@ class _Items:
         table = memoryview(bytearray(8 * count))
         _read_stream(self.shared, end - len(table), table)
         large = [size for size in table.cast("Q").tolist() if size >= _OUT_OF_BAND]
-        self.taken = list(_offsets(end - _REGION_SIZE, large))[-1] if large else end - _REGION_SIZE
+        self.place = list(_offsets(end - _REGION_SIZE, large))[-1] if large else end - _REGION_SIZE
         return reader.unpickler(reader.take_buffers(count, end, alone=False)).load()
 
 
