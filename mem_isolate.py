@@ -212,30 +212,35 @@ class _ChildTraceback(Exception):
 _LINUX = sys.platform.startswith("linux")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_holding_gil = PyDLL(None, use_errno=True)
-_libc_quick = PyDLL(None)  # likewise, for calls whose errno nobody asks for: to keep it costs page faults in the child
+_libc_no_errno = PyDLL(
+    None
+)  # likewise, for calls whose errno nobody asks for: to keep it costs page faults in the child
 _libc_fork = _libc_holding_gil.fork
-_libc_exit = _libc_quick._exit
-_libc_close = _libc_quick.close
-_libc_sigmask = _libc_quick.pthread_sigmask
-_libc_sigaction = _libc_quick.sigaction
+_libc_exit = _libc_no_errno._exit
+_libc_close = _libc_no_errno.close
+_libc_sigmask = _libc_no_errno.pthread_sigmask
+_libc_sigaction = _libc_no_errno.sigaction
 _libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
 _libc_eventfd = getattr(_libc_holding_gil, "eventfd", None)  # Linux, FreeBSD 13
-_libc_socketpair = _libc_quick.socketpair
-_libc_prctl = getattr(_libc_quick, "prctl", None)  # Linux has it
-_libc_sigaltstack = getattr(_libc_quick, "sigaltstack", None) if _LINUX else None  # elsewhere stack_t looks different
-_libc_fpending = getattr(_libc_quick, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
-_libc_fpurge = getattr(_libc_quick, "__fpurge", None) or getattr(_libc_quick, "fpurge", None)  # the latter on the BSDs
+_libc_prctl = getattr(_libc_no_errno, "prctl", None)  # Linux has it
+_libc_sigaltstack = (
+    getattr(_libc_no_errno, "sigaltstack", None) if _LINUX else None
+)  # elsewhere stack_t looks different
+_libc_fpending = getattr(_libc_no_errno, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
+_libc_fpurge = getattr(_libc_no_errno, "__fpurge", None) or getattr(
+    _libc_no_errno, "fpurge", None
+)  # the latter on the BSDs
 
 # Where off_t has two sizes (32-bit glibc), the functions whose names end in 64 take the large one.
 _libc_mmap = getattr(_libc_holding_gil, "mmap64", None) or _libc_holding_gil.mmap
 _libc_mmap.restype = ctypes.c_void_p
 _libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-_libc_munmap = _libc_quick.munmap
+_libc_munmap = _libc_no_errno.munmap
 _libc_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)  # Linux has it
 if _libc_fallocate is not None:
     _libc_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_libc_madvise_quick = _libc_quick.madvise
+_libc_madvise_quick = _libc_no_errno.madvise
 _libc_madvise_quick.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MADV_DONTFORK = getattr(mmap, "MADV_DONTFORK", None)  # Linux has it
 
@@ -246,7 +251,7 @@ _libc_wait4_nohang = getattr(_libc_holding_gil, "wait4", None) or _libc_holding_
 _USAGE_IS_KNOWN = hasattr(_libc, "wait4") and (sys.maxsize > 2**32 or hasattr(_libc, "gnu_get_libc_version"))
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
-_memoryview = _libc_quick.PyMemoryView_FromMemory
+_memoryview = _libc_no_errno.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object
 _memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _PYBUF_WRITE = 0x200
@@ -274,10 +279,10 @@ _FAULTS = {  # what faulthandler reports, and its words for it
     Signals.SIGABRT: "Aborted",
 }
 _SignalSet = ctypes.c_char * 128  # sigset_t has 128 bytes in glibc and musl, fewer elsewhere
-_SIGNALS = _SignalSet()  # all but faults: one that is blocked kills without running the handler that tells where
-_libc.sigfillset(_SIGNALS)
+_ALL_BUT_FAULTS = _SignalSet()  # all but faults: one that is blocked kills without running the handler that tells where
+_libc.sigfillset(_ALL_BUT_FAULTS)
 for _fault in _FAULTS:
-    _libc.sigdelset(_SIGNALS, int(_fault))
+    _libc.sigdelset(_ALL_BUT_FAULTS, int(_fault))
 
 # Linux 5.3; os has it from Python 3.9 on, libc (glibc 2.36) for older ones.
 _pidfd_open: Any = getattr(os, "pidfd_open", None) or getattr(_libc_holding_gil, "pidfd_open", None)
@@ -290,12 +295,12 @@ _getpid, _getppid, _set_wakeup_fd = os.getpid, os.getppid, signal.set_wakeup_fd
 _gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
 _getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
 
-# A signal handler of Python's may raise between any two bytecodes: blocking signals does not help, since another thread
-# may take one, and the handler runs in the main thread. What must not be torn apart is therefore one step of C.
+# A signal handler of Python's may raise between any two bytecodes, even while this thread blocks signals: another
+# thread takes the signal, and the main thread runs the handler. What must not be torn apart is therefore one step of C.
 
 
 def _step(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """A step of a chain that C runs: calls a C function once."""
+    """An iterator that, when it is advanced, calls a C function once and yields its result."""
     return itertools.starmap(function, (arguments,))
 
 
@@ -311,8 +316,8 @@ def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> N
         any(map(function, taken, *map(itertools.repeat, arguments)))
 
 
-def _from_a_signal_handler(error: BaseException) -> bool:
-    """Whether a handler raised it, where only errors of the system are expected.
+def _raise_if_from_handler(error: BaseException) -> None:
+    """Raise an error again that a signal handler raised, where only errors of the system are expected.
 
     A handler is known by its argument: a function that was given the very frame that called it.
     """
@@ -323,8 +328,7 @@ def _from_a_signal_handler(error: BaseException) -> bool:
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + 1]:  # and that of *args
             value = frame.f_locals.get(name)
             if caller and any(item is caller for item in (value if type(value) is tuple else (value,))):
-                return True
-    return False
+                raise error
 
 
 @contextlib.contextmanager
@@ -333,11 +337,11 @@ def _tolerating(*kinds: type[BaseException]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        if _from_a_signal_handler(error):
-            raise
+        _raise_if_from_handler(error)
 
 
 def _os_error(what: str = "") -> OSError:
+    """The error of the last call that kept errno."""
     code = ctypes.get_errno()
     return OSError(code, what or os.strerror(code))
 
@@ -354,14 +358,14 @@ _SHARED_SIZE = 64 * 1024  # only the pages that are used cost anything
 _HEADER_SIZE = 5 * 8
 # Its words: how far the child came; of the outcome: its kind, number of buffers, where its stream starts, its length.
 _PROGRESS, _KIND, _BUFFERS, _START, _LENGTH = range(5)
-_LAST_WORDS_SIZE = 4096  # at the end: what is said when the bulk cannot be written
+_LAST_WORDS_SIZE = 4096  # at the end, for a message where the bulk cannot be written
 _REGION_SIZE = _SHARED_SIZE - _HEADER_SIZE - _LAST_WORDS_SIZE
 _OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth reading on its own
-_MAPPED = 256 * 1024  # and mapping, of which a process may have 65,530
+_MAPPED = 256 * 1024  # bytes from which on one is mapped; a process may have 65,530 mappings
 _READ_AHEAD = 1 << 18  # bytes that the parent reads at a time
 _PIECE = 4 << 20  # bytes that are written, then published, at a time
 _NAP = 50e-6  # seconds that small items of a generator are let come together
-_AHEAD = 64 << 20  # bytes that a generator's child may be ahead of its reader, or one item if that is larger
+_MOST_AHEAD = 64 << 20  # bytes that a generator's child may be ahead of its reader, or one item if that is larger
 _WORD = struct.Struct("=Q")
 _ITEM = struct.Struct("=QQ")  # goes before each item of a generator: length of its stream, number of its buffers
 _AT_THE_START = 2**64 - 1  # instead of that number: the next item is there
@@ -374,7 +378,7 @@ _RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
 # Where the bulk's descriptor stands for what is written at its position, the child's stack: far behind any result.
 _REPORT_AT = 1 << 60 if sys.maxsize > 2**32 else 1 << 40
 # High numbers are out of the way of the callable's own descriptors; elsewhere than on Linux, of the standard streams'.
-_NUMBERS = (1021, 512, 64, 3) if _LINUX else (3,)
+_LOWEST_NUMBERS = (1000, 512, 64, 3) if _LINUX else (3,)  # select takes none from 1,024 on
 # fcntl's third argument is variadic, which ctypes cannot pass everywhere; Python's own gives the GIL away.
 _fcntl: Any = _libc_holding_gil.fcntl if _LINUX else fcntl.fcntl
 
@@ -412,7 +416,7 @@ class _Shared:
             _make_counter(self.room, _EFD_CLOEXEC, streams)
 
     def read_counter(self) -> bool:
-        """Add up what the child has published; whether it was anything."""
+        """Add what the child has published since; return whether that was anything."""
         with contextlib.suppress(BlockingIOError):
             told = _read(self.counter[0], 4096)
             self.published += sum(struct.unpack(f"={len(told) // 8}Q", told))
@@ -447,6 +451,7 @@ def _punch(bulk: int, start: int, end: int) -> None:
 
 
 def _make_bulk(descriptors: list[int]) -> None:
+    """Append the descriptor of a file in memory that has no name."""
     if _libc_memfd_create is not None:
         _keep(descriptors, _libc_memfd_create, b"mem_isolate", _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
         if descriptors[0] >= 0:
@@ -463,25 +468,34 @@ def _make_bulk(descriptors: list[int]) -> None:
 
 
 def _make_counter(descriptors: list[int], flags: int, high: bool = False) -> None:
+    """Append an eventfd, or two connected sockets: the first is read, the last written."""
     if _libc_eventfd is not None:
         _keep(descriptors, _libc_eventfd, 0, flags)
         if 0 <= descriptors[0] <= (sys.maxsize if high else 2):
             _move_up(descriptors)
     else:
         ends = (ctypes.c_int * 2)()
-        made = itertools.starmap(_libc_socketpair, ((1, 1, 0, ends),))  # AF_UNIX, SOCK_STREAM
+        made = _step(_libc_no_errno.socketpair, 1, 1, 0, ends)  # AF_UNIX, SOCK_STREAM
         descriptors.extend(itertools.chain(filter(None, made), ends))  # one step of C, as in _keep
-        os.set_blocking(descriptors[0], not flags & _EFD_NONBLOCK)
+        if descriptors[0] >= 0:
+            _move_up(descriptors)  # and so closed where the callable executes something else
+            _move_up(descriptors)
+            # The parent reads counters without waiting, and writes what it took likewise.
+            os.set_blocking(descriptors[0], not flags & _EFD_NONBLOCK)
+            os.set_blocking(descriptors[1], bool(flags & _EFD_NONBLOCK))
     if descriptors[0] < 0:
         descriptors.clear()
         raise _os_error()
 
 
 def _move_up(descriptors: list[int]) -> None:
-    """Exchange a descriptor for one with a high number, and never one that stands for a closed standard stream."""
-    for lowest in _NUMBERS:
+    """Exchange the first descriptor for one with a high number, at the end of the list.
+
+    Low numbers stand for closed standard streams, or are soon some file's of a callable that closes all it can.
+    """
+    for lowest in _LOWEST_NUMBERS:
         _keep(descriptors, _fcntl, descriptors[0], fcntl.F_DUPFD_CLOEXEC, lowest)
-        if descriptors[1] >= 0:
+        if descriptors[-1] >= 0:
             any(map(_libc_close, map(descriptors.pop, (0,))))
             return
         descriptors.pop()  # the process may not have numbers as high as that
@@ -489,7 +503,7 @@ def _move_up(descriptors: list[int]) -> None:
 
 
 def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
-    """Where the buffers are in the bulk, and where what follows them is, for a stream that ends here."""
+    """Where each buffer is, on pages of its own behind a stream that ends here; then where the last one ends."""
     return itertools.accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
 
 
@@ -507,7 +521,7 @@ class _Writer:
         self.publishes = publishes
 
     def after(self) -> _Writer:
-        """A writer behind this stream, which is given up: the parent may be reading it, so it stays as it is."""
+        """A writer behind this stream, whose pickling failed: the parent may be reading it, so it stays as it is."""
         writer = _Writer(self.shared, self.parent, publishes=False)
         writer.start = writer.position = self.position
         writer.bulk = self.bulk
@@ -528,7 +542,7 @@ class _Writer:
         try:
             if self.bulk < 0:
                 self.bulk = self.open_bulk()
-                self.counter = -1 if self.publishes and _has_children() else _working_counter(self.shared.counter)
+                self.counter = -1 if self.publishes and _has_children() else _counter_if_still_ours(self.shared.counter)
             written = 0
             while written < data.nbytes:
                 count = os.pwrite(self.bulk, data[written : written + _PIECE], offset + written)
@@ -578,15 +592,11 @@ class _Writer:
 
 
 def _has_children() -> bool:
-    """Whether the callable left a child behind, which has the bulk too, and could change it before the parent reads."""
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
+    """Whether the callable left a child, which has the bulk too, and could change it before the parent reads."""
+    return bool(_libc_no_errno.waitpid(-1, None, os.WNOHANG) >= 0)
 
 
-def _working_counter(descriptors: list[int]) -> int:
+def _counter_if_still_ours(descriptors: list[int]) -> int:
     """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number."""
     another: list[int] = []
     try:
@@ -627,9 +637,9 @@ class _ItemSender:
             stream += struct.pack(f"={len(buffers)}Q", *[view.nbytes for view in buffers])
             large += [view for view in buffers if view.nbytes >= _OUT_OF_BAND]
         size = _ITEM.size + len(stream)
-        most = size + sum([view.nbytes + _PAGE for view in large])
+        most = size + sum([view.nbytes + 2 * _PAGE for view in large])
         try:
-            if place + most > _AHEAD or self.sent + most - self.taken > _AHEAD:
+            if place + most > _MOST_AHEAD or self.sent + most - self.taken > _MOST_AHEAD:
                 place = self.find_room(most)
             end = place + size
             written = _pwritev(writer.bulk, (_ITEM.pack(len(stream), len(buffers)), stream), place)
@@ -649,8 +659,8 @@ class _ItemSender:
     def find_room(self, size: int) -> int:
         """Wait until the parent has taken enough; return where an item of this size goes."""
         place, writer = self.place, self.writer
-        if place + size > _AHEAD and place > 0:
-            left_out = max(_AHEAD - place, 0)
+        if place + size > _MOST_AHEAD and place > 0:
+            left_out = max(_MOST_AHEAD - place, 0)
             self.wait_for_room(left_out)
             if left_out >= _ITEM.size:
                 place += _pwritev(writer.bulk, (_ITEM.pack(0, _AT_THE_START),), place)
@@ -661,40 +671,34 @@ class _ItemSender:
         return place
 
     def wait_for_room(self, size: int) -> None:
-        while self.sent - self.taken > max(_AHEAD - size, 0):
+        while self.sent - self.taken > max(_MOST_AHEAD - size, 0):
             told = _read(self.writer.shared.room[0], 4096)
             self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
 
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run a generator function to its end in the child; return what it returns."""
-        with self:
+        """Run a generator function of either kind to its end in the child; return what it returns."""
+        writer = self.writer
+        writer.bulk, writer.counter = writer.shared.bulk[0], writer.shared.counter[-1]
+        try:
             items = function(*args, **kwargs)
+            if isinstance(items, types.AsyncGeneratorType):
+                return _run_coroutine(self.send_async, items)
             while True:
                 try:
                     item = next(items)
                 except StopIteration as stop:
                     return stop.value
                 self.send(item)
+        finally:
+            writer.start = writer.position = _REGION_SIZE + max(
+                self.extent, self.place
+            )  # of what comes after the items
+            if writer.failed:
+                writer.bulk = -1  # the callable may have closed it
 
-    def send_all_async(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
-        import asyncio
-
-        async def send_all() -> None:
-            async for item in function(*args, **kwargs):
-                self.send(item)
-
-        with self:
-            asyncio.run(send_all())
-
-    def __enter__(self) -> None:
-        writer = self.writer
-        writer.bulk, writer.counter = writer.shared.bulk[0], writer.shared.counter[-1]
-
-    def __exit__(self, *raised: object) -> None:
-        writer = self.writer
-        writer.start = writer.position = _REGION_SIZE + max(self.extent, self.place)  # of what comes after the items
-        if writer.failed:
-            writer.bulk = -1  # the callable may have closed it
+    async def send_async(self, items: AsyncIterator[Any]) -> None:
+        async for item in items:
+            self.send(item)
 
 
 class _UnpicklableItem(Exception):
@@ -790,8 +794,8 @@ def _read_stream(shared: _Shared, position: int, view: memoryview) -> int:
 
 
 def _seal(shared: _Shared) -> bool:
-    """Make the bulk unchangeable: a process that the callable left behind may hold its descriptor."""
-    return bool(_libc_quick.fcntl(shared.bulk[0], _F_ADD_SEALS, _F_SEAL_EVERYTHING) == 0)  # not while it is mapped
+    """Forbid all change of the bulk, which a process that the callable left may hold; return whether that worked."""
+    return bool(_libc_no_errno.fcntl(shared.bulk[0], _F_ADD_SEALS, _F_SEAL_EVERYTHING) == 0)  # not while it is mapped
 
 
 def _map(shared: _Shared, offset: int, length: int) -> memoryview:
@@ -819,7 +823,6 @@ def _map(shared: _Shared, offset: int, length: int) -> memoryview:
 # ---------------------------------------------------------------------------------------------- Exceptions on their way
 
 
-_FUNCTION = types.FunctionType
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
 
@@ -832,9 +835,8 @@ class _ExceptionPickler(pickle.Pickler):
             return _class_of_this_process, (id(obj), obj.__module__, obj.__qualname__)
         if not isinstance(obj, BaseException) or cls in copyreg.dispatch_table:
             return NotImplemented
-        if cls.__reduce__ is not _builtin_base(cls).__reduce__ or vars(object)["__reduce_ex__"] is not getattr(
-            cls, "__reduce_ex__", None
-        ):
+        reduces_itself = cls.__reduce__ is not _builtin_base(cls).__reduce__
+        if reduces_itself or cls.__reduce_ex__ is not vars(object)["__reduce_ex__"]:
             return NotImplemented  # the class knows better
         reduced = obj.__reduce__()
         if _sets_its_own_state(cls):
@@ -853,7 +855,7 @@ def _is_found_by_name(cls: type) -> bool:
 
 
 def _class_of_this_process(address: int, module: str, name: str) -> type:
-    """The class of exceptions that was at this address at the fork, in the child as here."""
+    """Find a class of exceptions by its address, which is the child's too where it was there at the fork."""
     classes: dict[type, None] = {BaseException: None}
     waiting = [BaseException]
     for cls in waiting:
@@ -963,8 +965,6 @@ _newest_interpreter = _python_function("PyInterpreterState_Head", ctypes.c_void_
 _newest_thread = _python_function("PyInterpreterState_ThreadHead", ctypes.c_void_p, ctypes.c_void_p)
 _next_thread = _python_function("PyThreadState_Next", ctypes.c_void_p, ctypes.c_void_p)
 _MAIN_INTERPRETER = _python_function("PyInterpreterState_Main", ctypes.c_void_p)()
-_get_interpreter = "PyInterpreterState_Get" if sys.version_info >= (3, 9) else "_PyInterpreterState_Get"
-_IN_SUBINTERPRETER = _python_function(_get_interpreter, ctypes.c_void_p)() != _MAIN_INTERPRETER
 
 
 def _other_threads() -> bool:
@@ -988,12 +988,12 @@ def _find_child_hooks() -> list[Any] | None:
         pass
 
     os.register_at_fork(after_in_child=mark)
-    if gc.get_freeze_count():  # get_referrers does not look among frozen objects
+    frozen = gc.get_freeze_count()
+    if frozen:  # get_referrers does not look among frozen objects
         gc.unfreeze()
-        holders = gc.get_referrers(mark)
+    holders = gc.get_referrers(mark)
+    if frozen:
         gc.freeze()
-    else:
-        holders = gc.get_referrers(mark)
     for holder in holders:
         if type(holder) is list:
             holder.remove(mark)
@@ -1062,8 +1062,7 @@ def _flush(*streams: Any) -> bool:
             if stream is not None:
                 stream.flush()
         except Exception as error:
-            if _from_a_signal_handler(error):
-                raise
+            _raise_if_from_handler(error)
             flushed = False
     for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
         if _libc_fpending is None or _libc_fpending(pointer):
@@ -1203,6 +1202,7 @@ def _wake_collector(call: int | None = None) -> None:
 
 # There an exception of a property, though it goes nowhere, is told to sys.unraisablehook, which would print it.
 _REPORTS_PROPERTIES = sys.version_info >= (3, 13)
+_say_nothing = id  # any function of C that takes one argument
 
 
 class _Child:
@@ -1220,7 +1220,7 @@ class _Child:
         mask: Any,
         blocked: Any,
         setup: list[Callable[[], None]],
-        teardown: list[Callable[[], None]],
+        teardown: Callable[[], None] | None,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -1229,11 +1229,11 @@ class _Child:
         dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
         header, parent = writer.shared.header, writer.parent
         unraisablehook = sys.unraisablehook if _REPORTS_PROPERTIES else None
-        self.life = header, parent, mask, blocked, setup, teardown, function, args, kwargs, writer, dump, unraisablehook
+        self.plan = header, parent, mask, blocked, setup, teardown, function, args, kwargs, writer, dump, unraisablehook
 
     @property
     def run(self) -> None:
-        header, parent, mask, blocked, setup, teardown, function, args, kwargs, writer, dump, unraisablehook = self.life
+        header, parent, mask, blocked, setup, teardown, function, args, kwargs, writer, dump, unraisablehook = self.plan
         try:
             pid = _getpid()
             if _libc_prctl is not None:
@@ -1265,9 +1265,8 @@ class _Child:
                 sys.setprofile(None)
             if _getrecursionlimit() < recursion_limit:
                 sys.setrecursionlimit(recursion_limit)
-            if teardown:
-                for step in teardown:
-                    step()
+            if teardown is not None:
+                teardown()
             _deliver_outcome(writer, dump, value, failure)
             if _streams() != streams:
                 _flush(*_streams())
@@ -1295,16 +1294,13 @@ class _Child:
     @property
     def deliver(self) -> None:
         """Deliver the last exception where signal handlers cut ``run`` short."""
-        header, parent, *_ = self.life
-        if self.failure is not None and _getppid() == parent and header[_PROGRESS] in (_RUNNING, _RETURNED):
+        header, parent, *_ = self.plan
+        if self.failure is not None and _getppid() in (parent, 0) and header[_PROGRESS] in (_RUNNING, _RETURNED):
             _deliver_outcome(self.writer, None, None, self.failure)
 
 
-def _say_nothing(_: Any) -> None:
-    pass
-
-
 def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseException | None) -> None:
+    """Pickle the value, or the failure where there is one, and call the outcome delivered."""
     if failure is None:
         try:
             if type(value) is str and len(value) > _OUT_OF_BAND:
@@ -1379,18 +1375,15 @@ def _deliver_failure(writer: _Writer, kind: int, what: str, error: BaseException
                 return _deliver_exception(writer, kind, message, error, {})
             except Exception:
                 return _deliver_exception(writer, kind, message, None, {})
-    _deliver_last_words(writer.shared, f"its outcome could not be written: {_say(error)}", error)
-
-
-def _deliver_last_words(shared: _Shared, message: str, error: BaseException) -> None:
-    """Say what happened where the bulk cannot be written, in the place that was kept free for this."""
-    words = pickle.dumps(message[:1000]) + pickle.dumps((None, {}))
+    # Where the bulk cannot be written: in the place that was kept free for this.
+    said, cause = pickle.dumps(f"its outcome could not be written: {_say(error)}"[:1000]), pickle.dumps((None, {}))
     with contextlib.suppress(Exception):
-        told = pickle.dumps(message[:1000]) + pickle.dumps((error, {}))
-        words = told if len(told) <= _LAST_WORDS_SIZE else words
-    shared.last_words[: len(words)] = words
-    shared.header[_KIND], shared.header[_LENGTH] = _UNWRITTEN, len(words)
-    shared.header[_PROGRESS] = _DELIVERED
+        pickled = pickle.dumps((error, {}))
+        cause = pickled if len(said + pickled) <= _LAST_WORDS_SIZE else cause
+    header, words = writer.shared.header, said + cause
+    writer.shared.last_words[: len(words)] = words
+    header[_KIND], header[_LENGTH] = _UNWRITTEN, len(words)
+    header[_PROGRESS] = _DELIVERED
 
 
 # ---------------------------------------------------------------------------------------- A crash or a hang tells where
@@ -1414,23 +1407,20 @@ class _StackReports:
         self.in_child: list[Iterator[Any]] = []
         self.after: list[Iterator[Any]] = []
         self.timeout_signal = 0  # what makes the child write its stack and end
-        self.blocked = _SIGNALS  # in the child, but while the callable runs
+        self.blocked = _ALL_BUT_FAULTS  # in the child, but while the callable runs
         if faulthandler is None or _getrlimit(_LIMIT_OF_FILES)[0] != _UNLIMITED:
             return  # beyond that limit the child would die of SIGXFSZ instead
         try:
             os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
         except OSError as error:  # the file system knows no files as large as that
-            if _from_a_signal_handler(error):
-                raise
+            _raise_if_from_handler(error)
             return
         enable = _step(faulthandler.enable, bulk, True, *_WITHOUT_C_STACK)
         any(map(_libc_sigaction, _FAULT_NUMBERS, itertools.repeat(None), _fault_actions))
-        if faulthandler.is_enabled():  # then this does no more than change the file
+        if faulthandler.is_enabled() or any(map(_value_of, _fault_handlers)):
             self.in_child.append(enable)
-        elif any(map(_value_of, _fault_handlers)):
-            self.in_child.append(enable)
-            for number, action in zip(_FAULT_NUMBERS, _fault_actions):
-                if _handler_of(action):
+            for number, action, handler in zip(_FAULT_NUMBERS, _fault_actions, _fault_handlers):
+                if handler.value:
                     self.in_child.append(_step(_libc_sigaction, number, _SignalAction(*action), None))
         else:
             self.before.append(enable)
@@ -1445,10 +1435,10 @@ class _StackReports:
 
     def report_timeouts(self, bulk: int, mask: Any) -> None:
         for number in range(getattr(signal, "SIGRTMIN", 0), getattr(signal, "SIGRTMAX", -1) + 1):
-            if not _handler_of(_action_of(number)[1]) and not _libc_quick.sigismember(mask, number):
+            if not _handler_of(number) and not _libc_no_errno.sigismember(mask, number):
                 self.timeout_signal = number
-                self.blocked = _SignalSet.from_buffer_copy(_SIGNALS)
-                _libc_quick.sigdelset(self.blocked, number)
+                self.blocked = _SignalSet.from_buffer_copy(_ALL_BUT_FAULTS)
+                _libc_no_errno.sigdelset(self.blocked, number)
                 self.before.append(_step(faulthandler.register, number, bulk, True, True))
                 self.after.append(_step(faulthandler.unregister, number))
                 return
@@ -1462,20 +1452,17 @@ _WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to s
 @functools.lru_cache(maxsize=None)
 def _alternative_stack() -> Any:
     """A stack_t for handlers, made once: address, flags, size."""
-    size = 1 << 17
+    size, flags = 1 << 17, 0
     memory = _libc_mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-    return ctypes.create_string_buffer(struct.pack("@PiN", memory, 0, size))
+    if memory == _MAP_FAILED:
+        memory, flags, size = 0, 2, 0  # SS_DISABLE: an overflow will have no report
+    return ctypes.create_string_buffer(struct.pack("@PiN", memory, flags, size))
 
 
-def _action_of(number: int) -> tuple[int, Any]:
-    """What libc knows of a signal's handler: ``signal.getsignal`` does not see those of C."""
+def _handler_of(number: int) -> int:
+    """The address of a signal's handler (those of C too, unlike ``signal.getsignal``); 0: the default, 1: ignored."""
     action = _SignalAction()
     _libc_sigaction(int(number), None, action)
-    return int(number), action
-
-
-def _handler_of(action: Any) -> int:
-    """The address of a handler, 0 for the default action, 1 where the signal is ignored."""
     return ctypes.c_void_p.from_buffer(action).value or 0
 
 
@@ -1495,7 +1482,7 @@ def _read_report(bulk: int, place: int, head: str) -> tuple[str, str]:
     if start < 0 or not dump:
         return "", ""
     blocks: list[str] = []
-    where: list[tuple[str, str, int]] = []
+    where: list[traceback.FrameSummary] = []
     for block in re.split(r"\n(?=(?:Current thread|Thread) )", "\n" + (dump[start:] if head else dump)):
         head, *lines = block.strip("\n").splitlines() or [""]
         if not head.startswith(("Thread", "Current thread")):
@@ -1510,34 +1497,32 @@ def _read_report(bulk: int, place: int, head: str) -> tuple[str, str]:
             if not own:
                 frames.append(traceback.FrameSummary(found[1], int(found[2]), found[3]))
         if head.startswith("Current"):
-            where = [(frame.name, frame.filename, frame.lineno or 0) for frame in frames]
+            where = frames
         shown = "".join(traceback.StackSummary.from_list(frames[::-1]).format())
         blocks.append(head.replace("first", "last") + "\n" + (shown or "  (no Python frame)\n"))
     return _in_few_words(where), "\n".join(blocks)
 
 
-def _in_few_words(frames: list[tuple[str, str, int]]) -> str:
+def _in_few_words(frames: list[traceback.FrameSummary]) -> str:
     """Name the innermost line, and the one in another file that led there."""
 
-    def say(frame: tuple[str, str, int]) -> str:
-        parts = frame[1].split("/")
+    def say(frame: traceback.FrameSummary) -> str:
+        parts = frame.filename.split("/")
         short = "/".join(parts[-2:] if parts[-1] == "__init__.py" else parts[-1:])
-        return f"{frame[0]} ({short}:{frame[2]})"
+        return f"{frame.name} ({short}:{frame.lineno})"
 
     if not frames:
         return ""
-    callers = [frame for frame in frames if frame[1] != frames[0][1]]
+    callers = [frame for frame in frames if frame.filename != frames[0].filename]
     return f" in {say(frames[0])}" + (f", called from {say(callers[0])}" if callers else "")
 
 
 # ----------------------------------------------------------------------------------- The process, as its parent sees it
 
-# Interned, so that the addresses stay. Before 3.11 a handler may raise also at the first instruction of an except.
-_PARTS_OF_LIFE = [ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))]
-_PARTS_OF_LIFE.append(ctypes.c_void_p(id("deliver")))
-
-
-_byref = ctypes.byref
+# The names are interned, so their addresses stay. Before 3.11 a handler may raise at the first instruction of an
+# except, where nothing catches it: hence run_guarded.
+_CHILD_STEPS = [ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))]
+_CHILD_STEPS.append(ctypes.c_void_p(id("deliver")))
 
 
 class _Ending(ctypes.Structure):
@@ -1568,12 +1553,12 @@ class _Process:
         return self.pids[0] if self.pids else -1
 
     def reap(self, options: int = os.WNOHANG) -> bool:
-        """Look whether the child is gone, or, with 0, wait until it is."""
+        """Look whether the child is gone, or, without WNOHANG among the options, wait until it is."""
         if self.pid in self.waited and not os.WIFSTOPPED(self.ending.status):
             self.gone = True
         wait4 = _libc_wait4_nohang if options else _libc_wait4
         while not self.gone:
-            pid = wait4(self.pids[0], _byref(self.ending), options, _byref(self.ending, _USAGE_AT))
+            pid = wait4(self.pids[0], ctypes.byref(self.ending), options, ctypes.byref(self.ending, _USAGE_AT))
             if pid > 0 and os.WIFSTOPPED(self.ending.status):  # it asked to be traced, and would wait for ever
                 self.send(signal.SIGKILL)
             elif pid > 0:
@@ -1598,8 +1583,7 @@ class _Process:
                 deliver(_step(_pidfd_send_signal, self.watch[0], number))
                 return
         except OSError as error:  # a sandbox that does not know it
-            if _from_a_signal_handler(error):
-                raise
+            _raise_if_from_handler(error)
             if isinstance(error, ProcessLookupError):
                 return
         with _tolerating(ProcessLookupError):
@@ -1612,8 +1596,8 @@ class _Process:
         """
         mask = _SignalSet()
         _libc_sigmask(_SIG_BLOCK, None, mask)
-        block = _step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)
-        wait = _step(_libc_wait4, self.pid, _byref(self.ending), 0, _byref(self.ending, _USAGE_AT))
+        block = _step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask)
+        wait = _step(_libc_wait4, self.pid, ctypes.byref(self.ending), 0, ctypes.byref(self.ending, _USAGE_AT))
         unblock = _step(_libc_sigmask, _SIG_SETMASK, mask, None)
         try:
             self.waited.extend(itertools.chain(block, signalling, wait, unblock))
@@ -1627,9 +1611,9 @@ class _Process:
         self.killed = True
         try:
             self.send(signal.SIGKILL, wait=True)
-        except BaseException as error:
-            if not _from_a_signal_handler(error):
-                self.wait_error, self.gone = error, True
+        except OSError as error:
+            _raise_if_from_handler(error)
+            self.wait_error, self.gone = error, True
             if not isinstance(error, PermissionError):  # it has become another user's
                 raise
         self.reap(0)
@@ -1662,7 +1646,7 @@ def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, t
     is never finalised a second time, and the pages of its heap stay shared.
     """
     step = _step
-    before = [step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, mask)]
+    before = [step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask)]
     in_child = [step(gc.freeze)]
     if _REPORTS_PROPERTIES:
         in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
@@ -1671,8 +1655,8 @@ def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, t
         before.append(step(_imp.acquire_lock))  # the repair makes it anew
         in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]  # type: ignore
         after.insert(0, step(_imp.release_lock))
-    run, deliver = ((_has_attribute, ctypes.c_void_p(id(child)), name) for name in _PARTS_OF_LIFE)
-    life = [step(*run), step(_libc_sigmask, _SIG_BLOCK, _SIGNALS, None), *(step(*deliver) for _ in range(3))]
+    run, deliver = ((_has_attribute, ctypes.c_void_p(id(child)), name) for name in _CHILD_STEPS)
+    life = [step(*run), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None), *(step(*deliver) for _ in range(3))]
     steps = [*before, *reports.before, step(_libc_fork), *in_child, *reports.in_child, *life, step(_libc_exit, 1)]
     process.steps = steps, after, child
     chain = itertools.chain.from_iterable
@@ -1690,7 +1674,7 @@ def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, t
 
 def _watch_end(process: _Process) -> None:
     """Get a descriptor that becomes readable when the child ends, where the system has such a thing."""
-    try:
+    with _tolerating(OSError):  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
         if _pidfd_open:
             _keep(process.watch, _pidfd_open, process.pids[0], 0)
             if process.watch[0] < 0:
@@ -1701,23 +1685,20 @@ def _watch_end(process: _Process) -> None:
                 flags = kqueue.KQ_EV_ADD | kqueue.KQ_EV_ONESHOT
                 queue.control([kqueue.kevent(process.pid, kqueue.KQ_FILTER_PROC, flags, kqueue.KQ_NOTE_EXIT)], 0)
                 _keep(process.watch, os.dup, queue.fileno())
-    except OSError as error:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
-        if _from_a_signal_handler(error):
-            raise
 
 
 def _offer_to_the_kernel(process: _Process) -> None:
     """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
-    if not _LINUX or _handler_of(_action_of(signal.SIGCHLD)[1]) == 1:  # ignored: the pid may be another's by now
+    if not _LINUX or _handler_of(signal.SIGCHLD) == 1:  # ignored: the pid may be another's by now
         return
     opened = process.opened
     try:
-        _keep(opened, _libc_quick.open, b"/proc/%d/oom_score_adj" % process.pid, os.O_RDWR | os.O_CLOEXEC)
+        _keep(opened, _libc_no_errno.open, b"/proc/%d/oom_score_adj" % process.pid, os.O_RDWR | os.O_CLOEXEC)
         score = ctypes.create_string_buffer(16)
         # A child that is there after that was there at that: so the file is its own, whoever else reaps children.
-        if opened[0] >= 0 and not process.reap() and _libc_quick.read(opened[0], score, 15) > 0:
+        if opened[0] >= 0 and not process.reap() and _libc_no_errno.read(opened[0], score, 15) > 0:
             score.value = b"%d" % min(int(score.value) + 300, 1000)
-            _libc_quick.write(opened[0], score, len(score.value))
+            _libc_no_errno.write(opened[0], score, len(score.value))
     finally:
         _drain(opened, _libc_close)
 
@@ -1725,8 +1706,6 @@ def _offer_to_the_kernel(process: _Process) -> None:
 # ---------------------------------------------------------------------------------------------------------- The call
 
 _in_flight: dict[int, _Shared] = {}  # of all calls: a child closes those of others
-_NO_LOOKS: Iterator[float] = iter(())
-_NEVER = math.inf
 
 
 class _Call:
@@ -1737,7 +1716,6 @@ class _Call:
     """
 
     ended = False
-    memory = 0
     report_at = _REPORT_AT
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
     received = 0  # bytes of the result
@@ -1748,13 +1726,11 @@ class _Call:
         function: Callable[..., Any],
         timeout: float | None = None,
         memory_limit: int | None = None,
-        sends: str = "",
+        sends: bool = False,
     ) -> None:
-        if not callable(function):
-            raise TypeError(f"expected a callable, not {type(function).__name__}")
         _need_frames(16)
         self.function, self.timeout, self.memory_limit = function, timeout, memory_limit
-        self.sends = sends  # the method of _ItemSender by which a generator function runs
+        self.sends = sends  # items, as a generator function of either kind does
         self.parent = _getpid()
         self.shared = _Shared()
         self.process = _Process()
@@ -1762,27 +1738,22 @@ class _Call:
 
     def restart_clock(self) -> None:
         self.started = _clock()
-        self.deadline = _NEVER if self.timeout is None else self.started + self.timeout
+        self.deadline = math.inf if self.timeout is None else self.started + self.timeout
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function, or ``run`` with the function as its first argument."""
         flushed = _flush(*_streams())  # or the child would print again what waits in them
-        if _IN_SUBINTERPRETER:
-            raise ForkError("a subinterpreter cannot be forked safely; call from the main interpreter")
-        if self.memory_limit is not None:
-            self.memory = _data_size() + self.memory_limit
         shared = self.shared
         try:
             _in_flight[id(self)] = shared
-            shared.make(bool(self.sends))
+            shared.make(self.sends)
         except (OSError, MemoryError) as error:
-            if _from_a_signal_handler(error):
-                raise
+            _raise_if_from_handler(error)
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
         writer = _Writer(shared, self.parent, publishes=not self.sends)
         function = self.function
         if self.sends:
-            run = getattr(_ItemSender(writer), self.sends)
+            run = _ItemSender(writer).send_all
         if run is not None:
             function, args = run, (function, *args)
         mask = _SignalSet()
@@ -1863,7 +1834,7 @@ class _Call:
             self.shared.release()
             _in_flight.pop(id(self), None)
         # A generator that looks refers to this call, and the steps to its arguments.
-        self.rebuilt, self.looks, self.process.steps = None, _NO_LOOKS, ()
+        self.rebuilt, self.looks, self.process.steps = None, iter(()), ()
         self.ended = True
 
 
@@ -1875,7 +1846,7 @@ def _need_frames(count: int) -> None:
 
 def _refuse_unsafe_fork(threads: bool) -> None:
     if _newest_interpreter() not in (_MAIN_INTERPRETER, None):
-        raise ForkError("a process that has a subinterpreter cannot be forked safely; close it first")
+        raise ForkError("a process that has a subinterpreter cannot be forked safely; close it, or leave it")
     if threads and _FREE_THREADED:
         raise ForkError("a free-threaded Python cannot be forked safely while it has more than one thread")
     if threads and _missing_parts:
@@ -1883,12 +1854,10 @@ def _refuse_unsafe_fork(threads: bool) -> None:
         raise ForkError(f"this Python cannot be forked safely while it has more than one thread: it lacks {missing}")
 
 
-def _child_setup(
-    call: _Call, threads: bool, flushed: bool
-) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+def _child_setup(call: _Call, threads: bool, flushed: bool) -> tuple[list[Callable[[], None]], Any]:
     """What the child has to do before it calls the function, and after, besides what every child has to."""
     setup: list[Callable[[], None]] = []
-    teardown: list[Callable[[], None]] = []
+    teardown = None
     greenlets = "gevent" in sys.modules or "eventlet" in sys.modules
     if threads or greenlets:
         setup.append(functools.partial(_renew, list(_child_hooks or ())))
@@ -1904,8 +1873,8 @@ def _child_setup(
         setup.append(_leave_hubs)
     if call.memory_limit is not None:
         limits = resource.getrlimit(resource.RLIMIT_DATA)
-        setup.append(functools.partial(_limit_memory, call.memory, limits))
-        teardown.append(functools.partial(_lift_memory_limit, limits))
+        setup.append(functools.partial(_limit_memory, _data_size() + call.memory_limit, limits))
+        teardown = functools.partial(_lift_memory_limit, limits)
     return setup, teardown
 
 
@@ -1922,8 +1891,7 @@ def _data_size() -> int:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
     except (OSError, StopIteration) as error:
-        if _from_a_signal_handler(error):
-            raise
+        _raise_if_from_handler(error)
         raise NotImplementedError(f"memory_limit needs /proc, to know what the process has already: {error}") from error
 
 
@@ -1951,10 +1919,8 @@ def _sleep(call: _Call, seconds: float) -> None:
         if call.shared.read_counter():
             return
     poll = getattr(select, "poll", None)  # eventlet takes it away, and lets others run in select
-    if poll is None and process.watch:
+    if poll is None:
         select.select([*process.watch, *counter[:1]], [], [], seconds)
-    elif poll is None:
-        time.sleep(min(seconds, 0.01))
     elif not process.watch and call.timeout is None and not call.sends and "gevent" not in sys.modules:
         _offer_to_the_kernel(process)
         process.reap(0)
@@ -1965,7 +1931,7 @@ def _sleep(call: _Call, seconds: float) -> None:
         ready = poller.poll(seconds * 1000)
         if len(ready) == 1 and [ready[0][0]] == process.watch:
             return
-    call.hurried = call.shared.read_counter() and bool(call.sends)
+    call.hurried = call.shared.read_counter() and call.sends
 
 
 async def _sleep_async(call: _Call, seconds: float) -> None:
@@ -2027,8 +1993,7 @@ def _read_along(call: _Call) -> None:
     except _Abandoned:
         call.rebuilt = []
     except Exception as error:
-        if _from_a_signal_handler(error):
-            raise
+        _raise_if_from_handler(error)
         call.rebuilt = error
 
 
@@ -2038,7 +2003,7 @@ class _Items:
     def __init__(self, call: _Call) -> None:
         self.call, self.shared = call, call.shared
         self.place = 0  # where the next item is in the bulk
-        self.taken = 0  # bytes, as the child counts them
+        self.taken = self.untold = 0  # bytes, as the child counts them; and those of them that it does not know of
         self.shared.freed = sys.maxsize  # nothing is given back: the child writes there again
         self.stay_in_this_process()
         call.restart_clock()
@@ -2046,8 +2011,10 @@ class _Items:
     def published(self) -> Iterator[Any]:
         """Rebuild what the child has published, each item when it is asked for."""
         shared, call = self.shared, self.call
+        if self.untold:
+            self.tell()
         while self.taken < shared.published:
-            place, rest = self.place, max(_AHEAD - self.place, 0)
+            place, rest = self.place, max(_MOST_AHEAD - self.place, 0)
             many = min(shared.published - self.taken, _READ_AHEAD, rest)
             chunk = memoryview(os.pread(shared.bulk[0], many, place))
             used = count = 0
@@ -2064,11 +2031,18 @@ class _Items:
             elif not used:
                 yield self.rebuild(self.load, place)
                 used = self.place - place
-                _punch(shared.bulk[0], _AHEAD, self.place)  # of one that was larger than the ring
+                _punch(shared.bulk[0], _MOST_AHEAD, self.place)  # of one that was larger than the ring
             self.stay_in_this_process()
             self.taken += used
-            _write(shared.room[-1], _WORD.pack(used))  # so that the child may go on
+            self.tell(used)
             call.restart_clock()
+
+    def tell(self, taken: int = 0) -> None:
+        """Let the child go on."""
+        self.untold += taken
+        with contextlib.suppress(BlockingIOError):  # a socket that is full: it will be told later
+            _write(self.shared.room[-1], _WORD.pack(self.untold))
+            self.untold = 0
 
     def stay_in_this_process(self) -> None:
         if _getpid() != self.call.parent:
@@ -2078,8 +2052,7 @@ class _Items:
         try:
             return load(source)
         except Exception as error:
-            if _from_a_signal_handler(error):
-                raise
+            _raise_if_from_handler(error)
             message = f"{_name(self.call.function)} yielded an item, but rebuilding it raised {_say(error)}"
             raise self.call.error(DeserializationError, message) from error
 
@@ -2122,8 +2095,7 @@ def _outcome(call: _Call) -> Any:
             reader.load(start + length)
         return reader.unpickler(buffers).load()
     except Exception as error:
-        if _from_a_signal_handler(error):
-            raise
+        _raise_if_from_handler(error)
         message = f"{_name(call.function)} returned, but rebuilding its result raised {_say(error)}"
         raise call.error(DeserializationError, message) from error
 
@@ -2146,8 +2118,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
             raise TypeError(f"it unpickles to {type(error).__qualname__}")
         _set_exception_state(error, state)
     except Exception as failed:
-        if _from_a_signal_handler(failed):
-            raise
+        _raise_if_from_handler(failed)
         if kind == _RAISED:
             message = f"{name} raised an exception that does not unpickle ({_say(failed)}):\n{text}"
             raise call.error(SerializationError, message) from failed
@@ -2177,7 +2148,7 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
         with _tolerating(OSError, ValueError):
             where, report = _read_report(call.shared.bulk[0], call.report_at, head)
     if process.expired:
-        cannot = process.killed and process.wait_error is not None and not _is_gone(process.wait_error)
+        cannot = process.killed and not isinstance(process.wait_error, (ChildProcessError, type(None)))
         killed = f"cannot be killed ({process.wait_error})" if cannot else "was killed"
         message = f"{name} did not end within {call.timeout:g} s, and {killed}{where}; "
         message += "allow more time, or retry if it may run twice"
@@ -2186,10 +2157,6 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
         error = _ending(call, progress, details, where)
     error.__cause__ = _ChildTraceback(report) if report else process.wait_error
     return error
-
-
-def _is_gone(error: BaseException) -> bool:
-    return isinstance(error, ChildProcessError)
 
 
 def _ending(call: _Call, progress: int, details: dict[str, Any], where: str) -> MemIsolateError:
@@ -2247,11 +2214,9 @@ def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gene
     with call, call, call:
         items = _Items(call)
         call.start(args, kwargs)
-        for seconds in call.looks:
+        for seconds in itertools.chain(call.looks, (0,)):  # once more when the child is gone
             _sleep(call, seconds)
             yield from items.published()
-        call.shared.read_counter()
-        yield from items.published()
         return _outcome(call)
 
 
@@ -2261,13 +2226,10 @@ async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, A
     with call, call, call:
         items = _Items(call)
         call.start(args, kwargs)
-        for seconds in call.looks:
+        for seconds in itertools.chain(call.looks, (0,)):  # once more when the child is gone
             await _sleep_async(call, seconds)
             for item in items.published():
                 yield item
-        call.shared.read_counter()
-        for item in items.published():
-            yield item
         _outcome(call)
 
 
@@ -2310,10 +2272,8 @@ def execute_in_isolated_process(callable: Callable[P, R], /, *args: P.args, **kw
     """
     __tracebackhide__ = True
     if _kind_of(callable) == "generator":
-        items: Any = _iterate(_Call(callable, sends="send_all"), args, kwargs)
-        return items  # type: ignore[no-any-return,unused-ignore]
-    result: R = _run(_Call(callable), args, kwargs)
-    return result
+        return _iterate(_Call(callable, sends=True), args, kwargs)  # type: ignore[return-value]
+    return _run(_Call(callable), args, kwargs)  # type: ignore[no-any-return]
 
 
 @overload
@@ -2329,15 +2289,16 @@ async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *ar
     generator function of either kind it returns an asynchronous iterator.
     """
     __tracebackhide__ = True
-    sends = {"generator": "send_all", "async generator": "send_all_async"}.get(_kind_of(callable))
-    if sends is not None:
-        return _iterate_async(_Call(callable, sends=sends), args, kwargs)
+    if _kind_of(callable):
+        return _iterate_async(_Call(callable, sends=True), args, kwargs)
     return await _run_async(_Call(callable), args, kwargs)
 
 
 def _kind_of(function: Any) -> str:
     """Whether it is a generator function, an asynchronous one, or neither; partials and methods are looked through."""
-    while type(function) is not _FUNCTION:
+    if not callable(function):
+        raise TypeError(f"expected a callable, not {type(function).__name__}")
+    while type(function) is not types.FunctionType:
         if type(function) not in (functools.partial, types.MethodType):
             return ""
         function = function.func if type(function) is functools.partial else function.__func__
@@ -2380,8 +2341,6 @@ def isolated(function: Any = None, /, *, timeout: float | None = None, memory_li
 def _isolate(function: Any, timeout: float | None, memory_limit: int | None) -> Any:
     if isinstance(function, (staticmethod, classmethod)):
         return type(function)(_isolate(function.__func__, timeout, memory_limit))
-    if not callable(function):
-        raise TypeError(f"expected a callable, not {type(function).__name__}")
     import inspect
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -2394,11 +2353,11 @@ def _isolate(function: Any, timeout: float | None, memory_limit: int | None) -> 
 
     def generator(*args: Any, **kwargs: Any) -> Generator[Any, None, Any]:
         __tracebackhide__ = True
-        return (yield from _iterate(_Call(function, timeout, memory_limit, "send_all"), args, kwargs))
+        return (yield from _iterate(_Call(function, timeout, memory_limit, sends=True), args, kwargs))
 
     async def async_generator(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         __tracebackhide__ = True
-        items: Any = _iterate_async(_Call(function, timeout, memory_limit, "send_all_async"), args, kwargs)
+        items: Any = _iterate_async(_Call(function, timeout, memory_limit, sends=True), args, kwargs)
         try:
             async for item in items:
                 yield item
@@ -2457,7 +2416,7 @@ def use_huge_pages() -> int:
     if size != _HUGE_PAGE or _libc_madvise(0, 0, _MADV_COLLAPSE) != 0:  # the kernel does not know this advice
         return 0
     moved = 0
-    try:
+    with _tolerating(OSError):  # /proc is not there, or not for a process that has changed its user
         with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
             for first, last in _private_anonymous_mappings():
                 for start in range(first, last, 64 * _HUGE_PAGE):  # large steps through reservations of terabytes
@@ -2468,8 +2427,6 @@ def use_huge_pages() -> int:
                         # Other threads may have mapped something else there by now: look again, just before.
                         if _resident(pagemap.fileno(), block, block + _HUGE_PAGE) >= _FULL and _collapse(block):
                             moved += _HUGE_PAGE
-    except OSError:
-        pass  # /proc is not there, or not for a process that has changed its user
     return moved
 
 
@@ -2498,12 +2455,13 @@ def _resident(pagemap: int, start: int, end: int) -> int:
 
 
 def _collapse(block: int) -> bool:
-    done: bool = _libc_madvise(block, _HUGE_PAGE, _MADV_COLLAPSE) == 0
-    if not done and ctypes.get_errno() in (errno.EINVAL, errno.EAGAIN):
-        # Older kernels (6.12 is one) want a page writable, and a fork leaves none. This makes one so, unchanged.
-        _libc_madvise(block, mmap.PAGESIZE, _MADV_POPULATE_WRITE)
-        done = _libc_madvise(block, _HUGE_PAGE, _MADV_COLLAPSE) == 0
-    return done
+    if _libc_madvise(block, _HUGE_PAGE, _MADV_COLLAPSE) == 0:
+        return True
+    if ctypes.get_errno() not in (errno.EINVAL, errno.EAGAIN):
+        return False
+    # Older kernels (6.12 is one) want a page writable, and a fork leaves none. This makes one so, unchanged.
+    _libc_madvise(block, mmap.PAGESIZE, _MADV_POPULATE_WRITE)
+    return bool(_libc_madvise(block, _HUGE_PAGE, _MADV_COLLAPSE) == 0)
 
 
 # ------------------------------------------------------------------------------------- The tour: python3 mem_isolate.py
@@ -2609,8 +2567,8 @@ def _warm_up() -> None:
     shared.header = memoryview(bytearray(_HEADER_SIZE)).cast("Q")
     shared.region = memoryview(bytearray(_REGION_SIZE))
     for _ in range(16):
-        child = _Child(_Writer(shared, 0), None, None, [], [], _warm_up, (), {})
-        *_, dump, _ = child.life
+        child = _Child(_Writer(shared, 0), None, None, [], None, _warm_up, (), {})
+        *_, dump, _ = child.plan
         _deliver_outcome(child.writer, dump, None, None)
 
 
