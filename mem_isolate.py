@@ -1722,11 +1722,7 @@ class _Call:
     hurried = False  # whether a generator's last item came just now
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        timeout: float | None = None,
-        memory_limit: int | None = None,
-        sends: bool = False,
+        self, function: Callable[..., Any], timeout: float | None, memory_limit: int | None, sends: bool = False
     ) -> None:
         _need_frames(16)
         self.function, self.timeout, self.memory_limit = function, timeout, memory_limit
@@ -2272,8 +2268,8 @@ def execute_in_isolated_process(callable: Callable[P, R], /, *args: P.args, **kw
     """
     __tracebackhide__ = True
     if _kind_of(callable) == "generator":
-        return _iterate(_Call(callable, sends=True), args, kwargs)  # type: ignore[return-value]
-    return _run(_Call(callable), args, kwargs)  # type: ignore[no-any-return]
+        return _iterate(_Call(callable, None, None, sends=True), args, kwargs)  # type: ignore[return-value]
+    return _run(_Call(callable, None, None), args, kwargs)  # type: ignore[no-any-return]
 
 
 @overload
@@ -2290,8 +2286,8 @@ async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *ar
     """
     __tracebackhide__ = True
     if _kind_of(callable):
-        return _iterate_async(_Call(callable, sends=True), args, kwargs)
-    return await _run_async(_Call(callable), args, kwargs)
+        return _iterate_async(_Call(callable, None, None, sends=True), args, kwargs)
+    return await _run_async(_Call(callable, None, None), args, kwargs)
 
 
 def _kind_of(function: Any) -> str:
