@@ -34,16 +34,13 @@ import multiprocessing
 import operator
 import os
 import pickle
-import pty
 import queue
 import random
 import re
 import resource
-import select
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,7 +54,6 @@ from pathlib import Path
 
 import mem_isolate
 from mem_isolate import (
-    CallableExecutedError,
     CallableStatusUnknownError,
     CallableTimeoutError,
     ChildSetupError,
@@ -88,8 +84,6 @@ UNDER_PYTEST = "pytest" in sys.modules
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.malloc.restype, LIBC.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-LIBC.mmap.restype = ctypes.c_void_p
-LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 if UNDER_PYTEST:
@@ -165,11 +159,9 @@ CALL_A_FUNCTION = (
 def in_fresh_process(
     function, *arguments, timeout=120, env=None, expect=0, python=(), output=subprocess.PIPE, cwd=None
 ):
-    """Call a function of this module in a new interpreter; return what that printed (stdout and stderr together).
+    """Call a function, or run code or a script, in a new interpreter, a session's leader; return what that printed.
 
-    A string is code to run instead, a Path a script. The new process leads a session of its own. If it has not ended
-    after ``timeout`` seconds, it and every process it started get SIGABRT, so that faulthandler prints their stacks,
-    then SIGKILL; the test fails with that output. ``expect`` is its exit status, None any but 0.
+    If it hangs, it and what it started get SIGABRT, so that faulthandler prints their stacks, and the test fails.
     """
     what = ["-c", function] if isinstance(function, str) else [function]
     if callable(function):
@@ -193,7 +185,7 @@ def in_fresh_process(
     text = (printed or b"").decode(errors="replace")
     assert not hung, f"{function} hung for {timeout} s:\n{text}"
     status = process.returncode
-    assert status == expect or expect is None and status, f"{function} ended with {status}:\n{text}"
+    assert status == expect, f"{function} ended with {status}:\n{text}"
     return text
 
 
@@ -302,12 +294,15 @@ def burn_the_gil():
         pass
 
 
+LOCKS_OF_C = []
+
+
 def start_a_thread_of_c():
     """A thread that the interpreter does not know, and that takes the signals which the only one it knows blocks."""
     libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    LOCKS_OF_C.append(lock)  # the thread waits there for ever
     libc.pthread_mutex_lock(lock)
     assert libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pthread_mutex_lock, lock) == 0
-    return lock
 
 
 def become_the_reaper_of_orphans():
@@ -476,11 +471,10 @@ def test_it_uses_only_the_standard_library_and_forks_only_through_libc():
 
 
 def test_repository_holds_only_the_promised_files():
-    if not (HERE / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("not a checkout")
-    listed = subprocess.run(["git", "-C", str(HERE), "ls-files"], stdout=subprocess.PIPE, check=False, text=True)
-    if listed.returncode != 0 or not listed.stdout:
-        pytest.skip("git does not list this checkout")
+    git = ["git", "-C", str(HERE), "ls-files"]
+    listed = subprocess.run(git, stdout=subprocess.PIPE, check=False, text=True) if shutil.which("git") else None
+    if not (HERE / ".git").exists() or listed is None or not listed.stdout:
+        pytest.skip("not a checkout that git lists")
     files = {"mem_isolate.py", "test_mem_isolate.py", "bench.py", "README.md", "LICENSE"}
     assert {name for name in listed.stdout.split() if not name.startswith(".")} == files
 
@@ -578,48 +572,29 @@ def test_every_keyword_argument_is_the_callables():
         assert asyncio.run(decorate(pid_and_arguments_async)(1, **named))[1:] == ((1,), named)
 
 
-module_level_value = 0
-
-
-class Counter:
-    value = 0
-
-
 def test_memory_mutation():
-    """Memory of five kinds: a global's, a class's, an argument's, C's and a closure's."""
+    """Memory of four kinds: a class's, an argument's, C's and a closure's."""
     argument, buffer, enclosed = [], (ctypes.c_int * 1)(), 0
 
-    def add_one_to_each():
-        nonlocal enclosed
-        global module_level_value
-        module_level_value += 1
-        Counter.value += 1
-        argument.append(1)
-        buffer[0] += 1
-        enclosed += 1
-        return read()
-
     def read():
-        return [module_level_value, Counter.value, len(argument), buffer[0], enclosed]
+        return [Kept.alive, len(argument), buffer[0], enclosed]
 
-    before = read()
-    for _ in range(2):
-        assert call(add_one_to_each) == [value + 1 for value in before]
-        assert read() == before
-    assert add_one_to_each() == read() == [value + 1 for value in before]
+    def add_one_to_each(argument):
+        nonlocal enclosed
+        Kept.alive, buffer[0], enclosed = Kept.alive + 1, buffer[0] + 1, enclosed + 1
+        return argument.append(1) or read()
+
+    assert call(add_one_to_each, argument) == call(add_one_to_each, argument) == [1] * 4
+    assert read() == [0] * 4
 
 
 def test_callable_and_arguments_are_never_pickled(tmp_path):
-    def numbers():
-        yield from (1, 2)
-
-    started, unpicklable = numbers(), OnPickle(raise_it, ValueError("an argument was pickled"))
+    started, unpicklable = iter([1, 2]), OnPickle(raise_it, ValueError("an argument was pickled"))
     next(started)
     seen = call(lambda argument, *, key: (id(argument), id(key)), started, key=LIBC.malloc)
     assert seen == (id(started), id(LIBC.malloc))
     assert call(lambda *arguments: len(arguments), unpicklable, threading.Lock()) == 2
-    assert call(next, started) == 2
-    assert call(LIBC.malloc, 10) > 0
+    assert call(started.__next__) == 2
     with open(tmp_path / "file", "w+") as stream:
         call(lambda: stream.write("from the child") and stream.flush())
         assert (tmp_path / "file").read_text() == "from the child"
@@ -696,12 +671,6 @@ class Methods:
         """Tell what arrived."""
         return os.getpid(), cls.__name__, number, mark
 
-    @classmethod
-    @isolated
-    async def async_class_method(cls, number: int, *, mark: str = "!") -> tuple:
-        """Tell what arrived."""
-        return os.getpid(), cls.__name__, number, mark
-
     @isolated
     @staticmethod
     async def async_static_method(number: int, *, mark: str = "!") -> tuple:
@@ -756,27 +725,13 @@ def test_async_callables_of_other_kinds_stay_awaitable():
     assert asyncio.run(call_async(AsyncCallableObject(), 3)) == 4
 
 
-def call_in_this_worker(function, *arguments):
-    """Call it, and tell in which process."""
-    outcome = function(*arguments)
-    return os.getpid(), asyncio.run(outcome) if inspect.iscoroutine(outcome) else outcome
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @stress
 @fresh(python=["-W", "ignore::DeprecationWarning"])
-def test_isolated_functions_can_be_sent_through_multiprocessing_and_executors(method):
-    functions = [isolated_function, isolated_async_function, *[getattr(Methods(), name) for name in METHODS]]
-    context = multiprocessing.get_context(method)
-    with context.Pool(1) as pool:  # its workers are daemons, which multiprocessing itself refuses children
-        outcomes = pool.starmap_async(call_in_this_worker, [(function, 5) for function in functions]).get(60)
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
-        outcomes += executor.map(call_in_this_worker, functions, itertools.repeat(5), timeout=60)
-        failed = executor.submit(isolated_function, 5, "too many").exception(60)
-        assert isinstance(failed, TypeError), failed
-    for worker, (pid, *arguments) in outcomes:
-        assert len({os.getpid(), worker, pid}) == 3
-        assert arguments[-2:] == [5, "!"], arguments
+def test_isolated_functions_can_be_sent_through_multiprocessing(method):
+    with multiprocessing.get_context(method).Pool(1) as pool:  # workers are daemons, which it itself refuses children
+        for function in (isolated_function, Methods().method, Methods.class_method, Methods.static_method):
+            assert pool.apply_async(function, [5]).get(60)[-2:] == (5, "!")
 
 
 def test_cloudpickle_keeps_closure_and_options():
@@ -793,34 +748,16 @@ def test_cloudpickle_keeps_closure_and_options():
     assert raised(CallableTimeoutError, limited).timeout == 0.05
 
 
-class Bunch(dict):
-    """Answers every question about it, its name and its repr, with an error of its own."""
-
-    __getattr__ = dict.__getitem__
-
-    def __repr__(self):
-        raise RuntimeError("no repr")
-
-    def __call__(self):
-        kill_self(signal.SIGKILL)
-
-
-def call_that_cannot_fork():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mem_isolate, "_libc_fork", lambda: -1)
-        call(print)
-
-
 OUTCOMES = {
     "result": (lambda: isolated(pow)(2, 5), "pow"),
     "exception": (lambda: isolated(raise_it)(ValueError()), "raise_it .*ValueError"),
     "signal": (lambda: isolated(kill_self)(signal.SIGKILL), "kill_self .*(KilledBySignalError|SIGKILL)"),
-    "unpicklable": (isolated(threading.Lock), "SerializationError"),
-    "timeout": (lambda: isolated(timeout=0.05)(time.sleep)(60), "sleep .*CallableTimeoutError"),
     "async": (lambda: asyncio.run(isolated(pid_and_arguments_async)()), "pid_and_arguments_async"),
     "cancelled": (lambda: asyncio.run(asyncio.wait_for(call_async(time.sleep, 60), 0.05)), "sleep .*[Cc]ancelled"),
-    "fork fails": (call_that_cannot_fork, "print .*ForkError"),
-    "nameless": (lambda: call(Bunch()), "a Bunch object .*(KilledBySignalError|SIGKILL)"),
+    "nameless": (
+        lambda: call(type("Nameless", (Broken,), {"__call__": os.abort})()),
+        "a Nameless object",
+    ),
 }
 
 
@@ -834,15 +771,6 @@ def test_every_call_leaves_one_debug_record(caplog, outcome):
         records = [record for record in caplog.records if record.name == "mem_isolate"]
         assert len(records) == count
     assert records[0].levelname == "DEBUG" and re.search(message, records[0].getMessage()), records
-
-
-def test_debug_record_tells_duration_and_bytes(caplog):
-    with caplog.at_level(logging.DEBUG, "mem_isolate"):
-        call(lambda: time.sleep(0.2) or bytes(543_210))
-    text = caplog.records[0].getMessage().replace(",", "")
-    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
-    assert any(543_210 <= number < 544_000 for number in numbers), text
-    assert any(0.2 <= number < 20 or 200 <= number < 20_000 for number in numbers), text
 
 
 TYPED_SAMPLE = """\
@@ -877,15 +805,11 @@ async def main() -> None:
     (await execute_in_isolated_process_async(fetch, "here")).nothing  # refused
     (await execute_in_isolated_process_async(scale, 1)).nothing  # refused
     await execute_in_isolated_process_async(fetch, 5)  # refused
-    wrong_await: bytes = isolated(fetch)("here")  # refused
 
 limited("one")  # refused
-isolated(scale)(1, unit=5)  # refused
 execute_in_isolated_process(scale, 1, colour="red")  # refused
-execute_in_isolated_process(5)  # refused
 Parser.class_method("one")  # refused
 isolated(timeout="5")  # refused
-isolated(5)  # refused
 wrong: int = isolated(scale)(1)  # refused
 
 def attributes(killed: mem_isolate.KilledBySignalError, late: mem_isolate.CallableTimeoutError) -> float:
@@ -918,35 +842,33 @@ def test_tour_shows_that_all_of_it_works():
     assert len(re.findall(r"\d ?(?:ms|s)\b", printed)) >= 5, printed
 
 
+def test_version_and_help_are_told():
+    text = Path(mem_isolate.__file__).read_bytes()
+    date = re.search(rf"^# {re.escape(mem_isolate.__version__)} \((\S+)\)", text.decode(), re.MULTILINE).group(1)
+    told = f"mem_isolate {mem_isolate.__version__} ({date}) sha256 {hashlib.sha256(text).hexdigest()}\n"
+    assert in_fresh_process(Path(mem_isolate.__file__), "--version") == told
+    assert "--version" in in_fresh_process(Path(mem_isolate.__file__), "--help")
+
+
 PAGE_FAULTS_OF_A_CALL = """
-import ctypes, os, resource, statistics
-from mem_isolate import isolated
-libc = ctypes.PyDLL(None)
-fork, leave = libc.fork, libc._exit
-def fork_and_exit():
-    pid = fork()
-    if pid == 0:
-        leave(0)
-    os.waitpid(pid, 0)
+import os, resource, statistics
+from mem_isolate import _libc_exit, _libc_fork, isolated
 def faults(call):
-    counts = []
-    for _ in range(20):
+    def count():
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
         call()
-        counts.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before)
-    return statistics.median(counts)
-print(int(faults(isolated(int)) - faults(fork_and_exit)))
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before
+    return statistics.median(count() for _ in range(20))
+print(int(faults(isolated(int)) - faults(lambda: os.waitpid(_libc_fork() or _libc_exit(0), 0))))
 """
 
 
 @linux_only
 def test_protection_costs_a_single_threaded_process_few_page_faults():
-    """Callable, pickling and region take some 58 beyond fork and exit, what protects them at most 40 more."""
     # In a process that has imported nothing else: how many pages its objects are strewn over decides too.
     faults = in_fresh_process(PAGE_FAULTS_OF_A_CALL, env={"PYTHONFAULTHANDLER": ""})
-    # Before 3.11 a child is guarded more heavily. 6 are for a fork that no signal handler can tear apart, 3 for reports
-    # of crashes.
-    assert int(faults) <= 58 + 40 + (20 if sys.version_info >= (3, 11) else 40) + 6 + 3
+    # Before 3.11 a child is guarded more heavily.
+    assert int(faults) <= (127 if sys.version_info >= (3, 11) else 147)
 
 
 # ----------------------------------------------------------------------------------------------------------- Results
@@ -979,14 +901,11 @@ KINDS = {
     "read-only buffer": lambda size: Holder(patterned(2 * MIB)[:size]),
 }
 AROUND_POWERS = [2**power + more for power in (0, 6, 8, 11, 12, 13, 14, 15, 16, 17, 20, 21) for more in (-1, 0, 1)]
-#: Every small size, and those where a result, or the pickle of it, reaches a page, 64 KiB, a MiB.
-EVERYWHERE = [*range(101), *(size for end in (4096, 16384, 65536, MIB) for size in range(end - 150, end + 3))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", ["around powers", pytest.param("everywhere", marks=STRESS)])
-def test_results_of_every_size_come_back_whole(kind, sizes):
-    for size in AROUND_POWERS if sizes == "around powers" else EVERYWHERE:
+def test_results_of_every_size_come_back_whole(kind):
+    for size in AROUND_POWERS:
         value = KINDS[kind](size)
         result = call(copy.copy, value)
         assert type(result) is type(value) and result == value, size
@@ -999,22 +918,6 @@ def test_result_keeps_its_shared_and_circular_references():
 
     loop, shared, both = call(build)
     assert loop[1] is loop and loop[0] is shared and both[0] is both[1]
-
-
-class Protocol:
-    """What pickle makes of it: the protocol asked for, and where it was pickled and rebuilt."""
-
-    def __reduce_ex__(self, protocol):
-        return where_it_was_rebuilt, (protocol, os.getpid())
-
-
-def where_it_was_rebuilt(*pickled):
-    return (*pickled, os.getpid())
-
-
-def test_result_is_pickled_with_protocol_5_in_the_child_and_rebuilt_in_the_parent():
-    protocol, pickled_in, rebuilt_in = call(Protocol)
-    assert (protocol, rebuilt_in) == (5, os.getpid()) and pickled_in != os.getpid()
 
 
 SIZES = [[0], [1, 0, 4096], [100, BULK, 0, 5000], [10] * 3000, [70_000] * 20, [70_000], [100_000, 80_000]]
@@ -1036,18 +939,6 @@ def test_out_of_band_buffers_come_back_in_order_whole_and_writable(sizes, in_str
         view = memoryview(holder.buffer)
         assert not view.readonly
         view[:1] = b"!"[: len(view)]
-
-
-@pytest.mark.parametrize("size", [0, 5, 100_000, 3 * MIB])
-def test_pickle_buffer_comes_back_as_a_memoryview(size):
-    writable, read_only = call(
-        lambda: (pickle.PickleBuffer(bytearray(patterned(size))), pickle.PickleBuffer(patterned(size)))
-    )
-    assert type(writable) is type(read_only) is memoryview
-    assert writable == read_only == patterned(size)
-    assert not writable.readonly
-    writable[:1] = b"x"[:size]
-    assert read_only == patterned(size)
 
 
 def deeply_nested(depth=200_000):
@@ -1185,6 +1076,16 @@ def test_living_grandchild_cannot_change_the_result(attack):
         assert ATTACK[2] and holder == holder_of(100_000) and large == make(3 * MIB)
 
 
+@linux_only
+@pytest.mark.parametrize("sizes", [[3 * MIB], [100_000]])
+def test_result_that_a_child_cuts_short_is_an_error(sizes):
+    def return_and_truncate():
+        sys.stdout = types.SimpleNamespace(flush=lambda: [os.ftruncate(int(n), 0) for n in open_descriptors()[3:-1]])
+        return list(map(holder_of, sizes))
+
+    assert isinstance(failure(DeserializationError, return_and_truncate).__cause__, EOFError)
+
+
 @fresh_on_linux
 def test_keeping_one_of_ten_results_keeps_only_its_memory():
     def memory_in_use():
@@ -1218,39 +1119,18 @@ def test_large_buffers_are_not_copied_in_the_parent():
     assert kibibytes("/proc/self/status", "RssAnon") - before < 16 * 1024
 
 
-@stress
-@pytest.mark.parametrize("kind", [bytes, Holder])
-def test_results_of_more_than_2_gib(kind):
-    size = 2**31 + 4097
-
-    def make():
-        value = bytearray(size)
-        value[0] = value[2**31] = value[-1] = 7
-        return kind(value)
-
-    result = call(make)
-    data = memoryview(result if kind is bytes else result.buffer)
-    assert len(data) == size
-    assert [data[0], data[2**31], data[-1], data[1], data[2**31 - 1]] == [7, 7, 7, 0, 0]
-
-
 def test_kept_results_use_few_mappings_and_no_descriptors():
     """A process may have 65,530 mappings."""
     descriptors, before = open_descriptors(), len(mappings())
-    results = [call(holder_of, 100_000) for _ in range(30)]
-    together = call(lambda: [holder_of(80_000) for _ in range(1000)])
-    assert open_descriptors() == descriptors
-    assert len(mappings()) - before < 10
+    results = [call(holder_of, 100_000) for _ in range(30)] + call(lambda: [holder_of(100_000) for _ in range(1000)])
+    assert open_descriptors() == descriptors and len(mappings()) - before < 10
     assert all(result == holder_of(100_000) for result in results)
-    assert all(result == holder_of(80_000) for result in together)
 
 
 ARRAYS = {
     "Fortran order": lambda np: np.asfortranarray(np.arange(60_000.0).reshape(200, 300)),
-    "no dimension": lambda np: np.array(5.5),
     "every other": lambda np: np.arange(240_000).reshape(400, 600)[::2, ::3],
     "unaligned": lambda np: np.frombuffer(bytearray(800_001), dtype="f8", offset=1),
-    "long double": lambda np: np.arange(50_000, dtype=np.longdouble),
     "structured": lambda np: np.zeros(20_000, dtype=[("when", "M8[s]"), ("what", "f4")]),
     "objects": lambda np: np.array([1, "two", None] * 9000, dtype=object),
     "frozen": lambda np: np.frombuffer(patterned(800_000), dtype="i8"),
@@ -1262,14 +1142,11 @@ def test_arrays_come_back_writable_aligned_and_in_their_order(kind):
     np = pytest.importorskip("numpy")
     expected, (_, result) = ARRAYS[kind](np), call(lambda: (bytes(65_530), ARRAYS[kind](np)))
     assert (type(result), result.dtype, result.shape) == (type(expected), expected.dtype, expected.shape)
-    assert (result == expected).all()
-    assert result.flags.aligned
+    assert (result == expected).all() and result.flags.aligned
     if expected.flags.f_contiguous or expected.flags.c_contiguous:
         assert result.flags.f_contiguous == expected.flags.f_contiguous
-        assert result.flags.c_contiguous == expected.flags.c_contiguous
     if kind != "frozen":
         result[...] = np.zeros_like(result)
-        assert (result == np.zeros_like(expected)).all()
 
 
 # -------------------------------------------------------------------------------------------------------- Exceptions
@@ -1370,18 +1247,6 @@ def test_exception_arrives_with_its_type_args_attributes_and_notes(error):
     assert "Traceback (most recent call last)" in text and "in raise_it" in text
 
 
-def test_sys_exit_and_ctrl_c_in_the_callable_arrive_as_exceptions():
-    caught = raised(SystemExit, call, sys.exit, "reason")
-    assert caught.code == "reason"
-
-    def interrupt_me():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
-        kill_self(signal.SIGINT)
-        time.sleep(30)
-
-    raised(KeyboardInterrupt, call, interrupt_me)
-
-
 def recurse(depth):
     return 0 if depth == 0 else 1 + recurse(depth - 1)
 
@@ -1398,25 +1263,18 @@ def test_callable_has_room_for_a_recursion_900_deep_and_one_without_end_is_an_er
 def test_a_call_with_few_frames_left_works_or_is_an_error_that_leaves_nothing_behind():
     """Wherever the recursion limit strikes, in parent or child, no child is left and none comes out of the call."""
 
-    def frames_left():
-        try:
-            return 1 + frames_left()
-        except RecursionError:
-            return 0
-
     def descend(frames):
         return descend(frames - 1) if frames else call(int, "5")
 
     outcomes, before = [], state_of_the_caller()
-    for left in [200, 100, *range(60, 0, -1)]:
+    for frames in [800, 900, *range(930, 1000)]:
         try:
-            outcomes.append(descend(frames_left() - left))
+            outcomes.append(descend(frames))
         except (RecursionError, MemIsolateError) as error:
             outcomes.append(type(error))
         assert state_of_the_caller() == before
         assert_no_child_is_left()
-    assert outcomes[0] == 5
-    assert outcomes[-1] is RecursionError
+    assert outcomes[0] == 5 and outcomes[-1] is RecursionError
 
 
 def fail_in_a_chain(link):
@@ -1434,54 +1292,39 @@ def fail_in_a_chain(link):
 @pytest.mark.parametrize("link, words", [("cause", "direct cause"), ("context", "During handling")])
 def test_cause_holds_the_childs_traceback_with_its_chain(link, words):
     """The chain travels as text only, so that what is in it need not be picklable."""
-    with pytest.raises(ValueError, match="^outermost$") as caught:
-        call(fail_in_a_chain, link)
-    text = str(caught.value.__cause__)
+    caught = raised(ValueError, call, fail_in_a_chain, link)
+    text = str(caught.__cause__)
     assert re.search(f"innermost.*{words}.*the middle.*During handling.*ValueError: outermost", text, re.DOTALL)
     assert text.count("in fail_in_a_chain") >= 3
     assert "raise_it(changed(KeyError" in text, "the source lines are missing"
-    shown = "".join(traceback.format_exception(type(caught.value), caught.value, caught.value.__traceback__))
-    assert "innermost" in shown and "in test_cause_holds_the_childs_traceback_with_its_chain" in shown
+    shown = "".join(traceback.format_exception(type(caught), caught, caught.__traceback__))
+    assert mem_isolate.__file__ not in text
+    assert "innermost" in shown and "in raised" in shown
 
 
-class PicklesAs(Exception):
-    """An exception whose ``__reduce__`` returns what it is told, or raises it."""
-
-    def __init__(self, outcome):
-        super().__init__("told")
-        self.outcome = outcome
-
-    def __reduce__(self):
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        return self.outcome
+class PicklesAs(OnPickle, Exception):
+    """An exception on whose pickling something happens."""
 
 
 UNABLE_TO_TRAVEL = {  # made in the child
     "attribute": lambda: changed(ValueError("locked"), lock=threading.Lock()),
     "class made in the child": lambda: type("LocalError", (Exception,), {})("nobody can import me"),
-    "reduce raises": lambda: PicklesAs(ZeroDivisionError("no pickling")),
-    "reduce exits": lambda: PicklesAs(SystemExit(0)),
-    "load raises": lambda: PicklesAs((raise_it, (ZeroDivisionError("no unpickling"),))),
-    "loads int": lambda: PicklesAs((int, ("5",))),
-    "nonsense": lambda: PicklesAs(5),
+    "reduce raises": lambda: PicklesAs(raise_it, ZeroDivisionError("no pickling")),
+    "reduce exits": lambda: PicklesAs(sys.exit),
+    "load raises": lambda: PicklesAs(lambda: (raise_it, (ZeroDivisionError("no unpickling"),))),
+    "load raises in the parent": lambda: PicklesAs(lambda: (rebuild, (ZeroDivisionError(), os.getpid()))),
+    "loads int": lambda: PicklesAs(lambda: (int, ("5",))),
+    "nonsense": lambda: PicklesAs(lambda: 5),
 }
 
 
 @pytest.mark.parametrize("kind", UNABLE_TO_TRAVEL)
 def test_exception_that_cannot_travel_is_told_with_its_type_and_traceback(kind):
+    raised(ValueError, call, raise_it, PicklesAs(lambda: (ValueError, ("only the rest of its state cannot",))))
     told = failure(SerializationError, lambda: raise_it(UNABLE_TO_TRAVEL[kind]()))
     name = "LocalError" if "class" in kind else type(UNABLE_TO_TRAVEL[kind]()).__name__
     assert name in str(told)
     assert "Traceback (most recent call last)" in str(told) and "in raise_it" in str(told)
-
-
-def test_an_exception_that_cannot_be_rebuilt_in_the_parent_is_told_with_its_traceback():
-    def make():
-        raise PicklesAs((rebuild, (ZeroDivisionError(), os.getpid())))  # which the child can rebuild
-
-    caught = raised(CallableExecutedError, call, make)
-    assert "PicklesAs" in str(caught) and "in make" in str(caught)
 
 
 def test_nested_calls_and_their_errors_arrive_with_every_traceback():
@@ -1490,24 +1333,11 @@ def test_nested_calls_and_their_errors_arrive_with_every_traceback():
 
     assert len({os.getpid(), *nest(4)}) == 5
     assert call(call, bytes, BULK) == bytes(BULK)
-    assert call(lambda: [isolated(pow)(2, number) for number in range(5)]) == [1, 2, 4, 8, 16]
     caught = raised(TwoArguments, call, call, raise_it, TwoArguments(1, "one"))
     assert exception_state(caught) == exception_state(TwoArguments(1, "one"))
-    assert "in raise_it" in str(caught.__cause__)
-    assert str(caught.__cause__).count("Traceback (most recent call last)") >= 2
+    assert "in raise_it" in str(caught.__cause__) and str(caught.__cause__).count("Traceback (most") >= 2
     error = failure(KilledBySignalError, call, kill_self, signal.SIGKILL)
     assert error.signal is signal.SIGKILL and "in execute_in_isolated_process" in str(error.__cause__)
-    assert "generator" in str(failure(SerializationError, call, UNPICKLABLE["generator"]))
-
-
-@linux_only
-def test_exception_that_is_kept_keeps_no_descriptor_and_no_memory_that_was_taken_from_it():
-    descriptors, before = open_descriptors(), kibibytes("/proc/self/smaps", "Rss")
-    caught = raised(ValueError, call, lambda: raise_it(changed(ValueError(b"x" * MIB), payload=holder_of(64 * MIB))))
-    assert open_descriptors() == descriptors and caught.__traceback__
-    assert set(caught.payload.buffer)
-    del caught.payload
-    assert kibibytes("/proc/self/smaps", "Rss") - before < 32 << 10
 
 
 # ------------------------------------------------------------------------------------------------------------ Output
@@ -1700,26 +1530,10 @@ def test_closed_standard_descriptors_break_nothing(closed):
     assert [len(set(result)) for result in results] == [1, 1], "what was printed is in the result"
 
 
-class Tee:
-    """Writes to the original stdout, and flushes it only if told to."""
-
-    flush = staticmethod(lambda: None)
-
-    def write(self, text):
-        return sys.__stdout__.write(text)
-
-
 def print_past_a_replaced_stdout():
     sys.stdout.write("parent;")
     with contextlib.redirect_stdout(io.StringIO()):
         call(lambda: sys.__stdout__.write("child;"))
-    sys.stdout.write("parent again;")
-
-
-def print_through_a_tee():
-    sys.stdout.write("parent;")
-    sys.stdout = Tee()
-    call(lambda: sys.stdout.write("child;"))
     sys.stdout.write("parent again;")
 
 
@@ -1741,7 +1555,7 @@ def call_without_stdout():
     stdout.write("parent again;")
 
 
-PRINTERS = [print_past_a_replaced_stdout, print_through_a_tee, print_to_a_stdout_of_the_childs_own, call_without_stdout]
+PRINTERS = [print_past_a_replaced_stdout, print_to_a_stdout_of_the_childs_own, call_without_stdout]
 
 
 @pytest.mark.parametrize("function", PRINTERS)
@@ -1775,24 +1589,14 @@ def test_child_never_hangs_beside_busy_threads(load, callers, repeat):
     assert_no_child_is_left()
 
 
-def assert_each_line_was_written_once(path, **counts):
-    """Neither torn, doubled nor lost: ``<who> <number> of many``, for so many numbers of each."""
-    expected = collections.Counter(f"{who} {i} of many" for who, count in counts.items() for i in range(count))
-    written = collections.Counter(path.read_text().split("\n")[:-1])
-    assert not written - expected, f"torn or doubled: {(written - expected).most_common(5)}"
-    assert not expected - written, f"lost: {(expected - written).most_common(5)}"
-
-
 @repetitions(30, 300)
-@pytest.mark.parametrize("how", ["logging", "printing", "printing through a class"])
+@pytest.mark.parametrize("how", ["logging", "printing"])
 @fresh(env=BUFFERED)
 def test_threads_and_children_write_to_one_file(how, tmp_path, repeat):
     """No child hangs, no line is lost, torn or doubled."""
     sys.setswitchinterval(EAGER)
     path, logger, written = Path(tmp_path, "lines"), logging.getLogger("robust"), collections.Counter()
-    if how == "printing through a class":
-        sys.stdout = type("OwnTextIOWrapper", (io.TextIOWrapper,), {})(path.open("ab"))
-    elif how == "printing":
+    if how == "printing":
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     else:
         logger.addHandler(logging.FileHandler(path))
@@ -1814,8 +1618,10 @@ def test_threads_and_children_write_to_one_file(how, tmp_path, repeat):
     with background_threads(*[functools.partial(write_a_line, who) for who in ("first", "second")]):
         for number in range(repeat):
             call(write, "child", number)
-    assert_each_line_was_written_once(path, child=repeat, **written)
-    assert min(written.values()) > 100
+    written["child"] = repeat
+    expected = {f"{who} {i} of many": 1 for who, count in written.items() for i in range(count)}
+    assert collections.Counter(path.read_text().split("\n")[:-1]) == expected
+    assert min(written["first"], written["second"]) > 100
 
 
 def importing(folder):
@@ -1838,21 +1644,12 @@ def importing(folder):
     return import_in_the_child, [import_again]
 
 
-def submitting_to_an_executor(folder):
-    def submit_in_the_child():
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            assert pool.submit(square, 5).result() == 25
-
-    pool = concurrent.futures.ThreadPoolExecutor(2)
-    return submit_in_the_child, [lambda: pool.submit(square, 3).result(), submit_in_the_child]
-
-
 def starting_threads(folder):
     return start_and_join_a_thread, [start_and_join_a_thread] * 2
 
 
 @repetitions(20, 150)
-@pytest.mark.parametrize("what", ["importing", "submitting_to_an_executor", "starting_threads"])
+@pytest.mark.parametrize("what", ["importing", "starting_threads"])
 @fresh
 def test_child_may_do_what_other_threads_were_doing(what, tmp_path, repeat):
     """A child does what another thread of the parent was in the middle of at the fork, and does not hang."""
@@ -1868,35 +1665,28 @@ C_THREAD = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 
 @repetitions(30, 300)
 @fresh
-def test_child_never_hangs_beside_threads_that_only_c_knows(repeat):
+def test_child_never_hangs_beside_or_in_threads_that_only_c_knows(repeat):
     sys.setswitchinterval(EAGER)
-    running, stopped, threads = [], [], [ctypes.c_void_p() for _ in range(3)]
+    running, results, threads = [], [], [ctypes.c_void_p() for _ in range(4)]
 
     @C_THREAD
     def burn(_):
         running.append(None)
-        while not stopped:
+        while len(results) < 2 * repeat:
             burn_the_gil()
 
-    for thread in threads:
-        assert LIBC.pthread_create(ctypes.byref(thread), None, burn, None) == 0
-    wait_until(lambda: len(running) == len(threads))
+    def make_calls(_=None):
+        results.extend(call(square, number) for number in range(repeat))
+
+    caller = C_THREAD(make_calls)
+    for thread, function in zip(threads, [burn, burn, burn, caller]):
+        assert LIBC.pthread_create(ctypes.byref(thread), None, function, None) == 0
+    wait_until(lambda: len(running) == 3)
     assert threading.active_count() == 1, "threading knows of these threads, so they prove nothing"
-    for number in range(repeat):
-        assert call(square, number) == square(number)
-    stopped.append(None)
+    make_calls()
     for thread in threads:
         LIBC.pthread_join(thread, None)
-
-
-@fresh
-def test_calls_can_be_made_from_a_thread_that_c_started():
-    results, thread = [], ctypes.c_void_p()
-    caller = C_THREAD(lambda _: results.extend(call(square, number) for number in range(5)))
-    assert LIBC.pthread_create(ctypes.byref(thread), None, caller, None) == 0
-    LIBC.pthread_join(thread, None)
-    assert results == [0, 1, 4, 9, 16]
-    assert_no_child_is_left()
+    assert sorted(results) == sorted([number**2 for number in range(repeat)] * 2)
 
 
 @fresh
@@ -1919,19 +1709,6 @@ def test_threading_tells_the_truth_in_the_child():
     assert call(look) == ("MainThread", 1, True)
 
 
-@fresh
-def test_calls_from_two_threads_run_at_the_same_time():
-    arrived = shared_numbers(2)
-
-    def meet(mine):
-        arrived[mine] = 1
-        wait_until(lambda: arrived[1 - mine])
-        return mine
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(isolated(meet), range(2))) == [0, 1]
-
-
 @pytest.mark.skipif("t" not in getattr(sys, "abiflags", ""), reason="needs a free-threaded build")
 @fresh
 def test_free_threaded_build_refuses_to_fork_beside_other_threads():
@@ -1942,32 +1719,6 @@ def test_free_threaded_build_refuses_to_fork_beside_other_threads():
                 refused()
     assert call(square, 4) == 16
     assert_no_child_is_left()
-
-
-SUBINTERPRETERS = [name for name in ("_interpreters", "_xxsubinterpreters") if importlib.util.find_spec(name)]
-IN_A_SUBINTERPRETER = """
-import sys
-try:
-    import _interpreters as interpreters
-except ImportError:
-    import _xxsubinterpreters as interpreters
-# One that shares extension modules, without which the import itself is refused.
-legacy = ("legacy",) if sys.version_info >= (3, 13) else ()
-interpreter = interpreters.create(*legacy, **({"isolated": False} if (3, 9) <= sys.version_info < (3, 13) else {}))
-interpreters.run_string(interpreter, '''
-import mem_isolate
-try:
-    print("returned", mem_isolate.execute_in_isolated_process(int))
-except mem_isolate.ForkError as error:
-    print("ForkError:", error)
-''')
-"""
-
-
-@pytest.mark.skipif(not SUBINTERPRETERS, reason="this Python has no subinterpreters")
-def test_subinterpreter_is_refused():
-    printed = in_fresh_process(IN_A_SUBINTERPRETER).strip()
-    assert printed.startswith("ForkError: ") and "interpreter" in printed and "\n" not in printed
 
 
 # ------------------------------------------------------------------------------------------------- What is inherited
@@ -2056,10 +1807,15 @@ def test_callable_finds_what_the_calling_thread_has():
 
 
 @fresh
-def test_no_at_fork_hook_runs_and_none_is_lost(tmp_path):
+def test_no_at_fork_hook_runs_and_none_is_lost_or_left_behind(tmp_path):
     trace, names = Path(tmp_path, "trace"), ["before", "after_in_parent", "after_in_child"]
     descriptor = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.register_at_fork(**{name: functools.partial(os.write, descriptor, name.encode() + b" ") for name in names})
+    in_thread(int)  # concurrent.futures has hooks of its own
+    hooks = {name: functools.partial(os.write, descriptor, name.encode() + b" ") for name in names}
+    os.register_at_fork(**hooks)
+    lists = [next(found for found in gc.get_referrers(hook) if type(found) is list) for hook in hooks.values()]
+    before = [list(found) for found in lists]
+    assert "mem_isolate" not in [getattr(hook, "__module__", "") for hook in itertools.chain(*before)]
 
     def make_calls():
         assert call(call, bytes, BULK) == bytes(BULK)
@@ -2070,7 +1826,7 @@ def test_no_at_fork_hook_runs_and_none_is_lost(tmp_path):
     with background_threads(burn_the_gil, burn_the_gil):
         make_calls()
         in_thread(make_calls)
-    assert trace.read_text() == ""
+    assert trace.read_text() == "" and lists == before
     pid = os.fork()
     if pid == 0:
         os._exit(0)
@@ -2078,31 +1834,10 @@ def test_no_at_fork_hook_runs_and_none_is_lost(tmp_path):
     assert sorted(trace.read_text().split()) == sorted(names), "the caller's own forks lost their hooks"
 
 
-def test_import_and_calls_leave_the_lists_of_at_fork_hooks_as_they_were():
-    in_fresh_process("""
-import asyncio, concurrent.futures.thread, ctypes, gc, inspect, json, logging, os, random, signal, tempfile, threading
-import select, struct, traceback, pickle, mmap, typing
-probes = [lambda: 1, lambda: 2, lambda: 3]
-os.register_at_fork(before=probes[0], after_in_parent=probes[1], after_in_child=probes[2])
-lists = [next(it for it in gc.get_referrers(probe) if type(it) is list and it is not probes) for probe in probes]
-before = [list(hooks) for hooks in lists]
-import mem_isolate
-assert [list(hooks) for hooks in lists] == before, "the import left a hook behind"
-assert mem_isolate.execute_in_isolated_process(int, "5") == 5
-assert [list(hooks) for hooks in lists] == before, "a call changed the lists"
-""")
-
-
-def register_atexit_and_call():
-    import atexit
-
-    atexit.register(lambda: os.write(1, b"exit "))
-    assert call(int, "5") == 5
-    raised(SystemExit, call, sys.exit)
-
-
 def test_atexit_handlers_run_in_the_parent_only():
-    assert in_fresh_process(register_atexit_and_call) == "exit "
+    code = "import atexit, os, sys; from mem_isolate import execute_in_isolated_process as call"
+    code += "; atexit.register(os.write, 1, b'exit '); call(int)\ntry: call(sys.exit)\nexcept SystemExit: pass"
+    assert in_fresh_process(code) == "exit "
 
 
 class Tell:
@@ -2205,12 +1940,6 @@ def test_what_a_traceback_keeps_of_a_call_is_no_memory():
             bytes(view[:1]), bytes(view[-1:])
 
 
-def test_call_beside_a_half_done_import_of_asyncio(monkeypatch):
-    """The module is in sys.modules before anything is in it."""
-    monkeypatch.setitem(sys.modules, "asyncio", types.ModuleType("asyncio"))
-    assert call(int, "5") == 5
-
-
 def forms(function):
     """The forms that a call can have; the last two run an event loop."""
 
@@ -2308,22 +2037,30 @@ def calls_among_greenlets(library, imported):
 
 
 @fresh
-def test_no_lock_of_logging_is_waited_for(tmp_path):
+def test_no_lock_of_logging_or_of_the_standard_library_is_waited_for(tmp_path):
     """A thread holds all of them: calls are not delayed, their timeouts not stretched, and the child can log."""
     path, held, done = Path(tmp_path, "log"), threading.Event(), threading.Event()
     logger, waiting = logging.getLogger("held"), logging.handlers.QueueHandler(queue.Queue())
     logger.handlers = [*[logging.FileHandler(path) for _ in range(20)], waiting]
+    importlib.import_module("_strptime"), importlib.import_module("concurrent.futures.thread")
+    standard = [(sys.modules.get(module), lock) for module, lock in mem_isolate._STANDARD_LOCKS]
+    others = [getattr(module, lock) for module, lock in standard if hasattr(module, lock)]
 
     def hold():
         with contextlib.ExitStack() as stack:
-            for lock in [*[handler.lock for handler in logger.handlers], waiting.queue.mutex, logging._lock]:
+            for lock in {*[handler.lock for handler in logger.handlers], waiting.queue.mutex, logging._lock, *others}:
                 stack.enter_context(lock)
             held.set()
             done.wait()
 
+    def use_all():
+        logger.warning("child")
+        asyncio.run(asyncio.sleep(0, time.strptime("2026", "%Y") and tempfile.gettempdir()))
+        return in_thread(lambda: logging.getLogger("new").name)
+
     def duration():
         started = time.monotonic()
-        name = isolated(lambda: logger.warning("child") or logging.getLogger("new").name, timeout=20)()
+        name = isolated(timeout=20)(use_all)()
         raised(CallableTimeoutError, isolated(time.sleep, timeout=0.1), 60)
         assert name == "new"
         return time.monotonic() - started
@@ -2336,25 +2073,34 @@ def test_no_lock_of_logging_is_waited_for(tmp_path):
     assert path.read_text() == "child\n" * 40 and waiting.queue.empty()
 
 
-def subinterpreters():
-    """What makes a subinterpreter and what destroys it; None where this Python has none."""
-    for name in ("_interpreters", "_xxsubinterpreters"):
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(name)
-            return module.create, module.destroy
+SUBINTERPRETERS = [name for name in ("_interpreters", "_xxsubinterpreters") if importlib.util.find_spec(name)]
+has_subinterpreters = pytest.mark.skipif(not SUBINTERPRETERS, reason="this Python has no subinterpreters")
 
 
-@pytest.mark.skipif(not subinterpreters(), reason="this Python has no subinterpreters")
+@has_subinterpreters
+@fresh
+def test_a_call_from_a_subinterpreter_is_refused():
+    module = importlib.import_module(SUBINTERPRETERS[0])
+    legacy = ("legacy",) if sys.version_info >= (3, 13) else ()  # without extension modules the import is refused
+    interpreter = module.create(*legacy, **({"isolated": False} if (3, 9) <= sys.version_info < (3, 13) else {}))
+    code = "import mem_isolate as m\ntry: m.execute_in_isolated_process(int)\nexcept m.ForkError as error: print(error)"
+    read, write = os.pipe()
+    os.dup2(write, 1)
+    module.run_string(interpreter, code + "\nimport sys; sys.stdout.flush()")
+    assert b"subinterpreter" in os.read(read, 1000)
+
+
+@has_subinterpreters
 @pytest.mark.parametrize("threads", [0, 2])
 @fresh
 def test_a_process_with_a_subinterpreter_is_refused_until_that_is_closed(threads):
-    create, destroy = subinterpreters()
-    interpreters = [create(), create()]
+    module = importlib.import_module(SUBINTERPRETERS[0])
+    interpreters = [module.create(), module.create()]
     with background_threads(*[burn_the_gil] * threads):
         while interpreters:
             for form in forms(square):
                 assert "subinterpreter" in str(raised(ForkError, form, 3))
-            destroy(interpreters.pop())
+            module.destroy(interpreters.pop())
         assert call(square, 3) == 9
 
 
@@ -2386,14 +2132,6 @@ def test_without_a_private_part_of_cpython_only_calls_beside_threads_are_refused
     with background_threads(burn_the_gil), pytest.raises(module.ForkError, match=named):
         module.execute_in_isolated_process(square, 3)
     assert module.execute_in_isolated_process(square, 3) == 9
-
-
-def test_outside_of_a_running_loop_the_async_forms_start_nothing(monkeypatch):
-    """As under another kind of loop, trio's for one."""
-    monkeypatch.setattr(mem_isolate, "_libc_fork", None)
-    for use in (call_async, isolated(asyncio.sleep)):
-        with pytest.raises(RuntimeError, match="no running event loop"):
-            use(int).send(None)
 
 
 def local_class(*bases):
@@ -2520,38 +2258,31 @@ def assert_nothing_is_left_after_an_exception(before, where):
 
 
 def interrupt_calls_at_random(repeat):
-    handled, caught, where, usual = 0, 0, [], []
+    caught, armed, where = 0, False, []
 
     def interrupt(_, frame):
-        nonlocal handled
-        handled += 1
-        where[:] = traceback.format_stack(frame, 5)
-        raise Interrupt
+        if armed:
+            where[:] = traceback.format_stack(frame, 5)
+            raise Interrupt
 
     signal.signal(signal.SIGALRM, interrupt)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     callables = [return_at_once, return_later, return_much, return_after_ignoring_all_signals]
     expected = [b"at once", b"later", return_much(0), b"later"]
+    started = time.monotonic()
     for function, result in zip(callables * 5, expected * 5):
-        started = time.monotonic()
         assert call(function, 0.001) == result
-        usual.append(time.monotonic() - started)
-    span, before, mapped = 1.5 * statistics.mean(usual), state_of_the_caller(), len(mappings())
+    span, before, mapped = 1.5 / 20 * (time.monotonic() - started), state_of_the_caller(), len(mappings())
     for number in range(repeat):
+        armed, where[:] = True, []
         try:
-            # Where it has gone off, it counts down from 1000 again.
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, span), 1000)
-            result = call(callables[number % 4], 0.001)
-            remaining = signal.setitimer(signal.ITIMER_REAL, 0)[0]
-            if remaining > 500:  # another thread may have taken it and not come to run yet
-                wait_until(lambda: handled > caught)
-            elif remaining == 0:  # it had less than a microsecond left, or its signal has not been taken yet
-                with contextlib.suppress(AssertionError):
-                    wait_until(lambda: handled > caught, 0.2)
-            assert result == expected[number % 4]
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, span))
+            assert call(callables[number % 4], 0.001) == expected[number % 4]
+            assert not where, "an exception did not arrive that was raised at\n" + "".join(where)
+            armed = False
         except Interrupt:
-            caught += 1
-        assert caught == handled, "an exception did not arrive that was raised at\n" + "".join(where)
+            caught, armed = caught + 1, False
+        signal.setitimer(signal.ITIMER_REAL, 0)
         assert_nothing_is_left_after_an_exception(before, where)
     assert repeat * 0.1 < caught < repeat * 0.95, f"{caught} interruptions in {repeat} calls"
     assert len(mappings()) <= mapped + 10
@@ -2569,14 +2300,14 @@ def test_handler_that_raises_at_any_moment_leaves_nothing_behind(beside, repeat)
     """
     ballast = bytearray(100 * MIB)  # so that a fork takes a while
     ballast[:: mmap.PAGESIZE] = b"\1" * len(ballast[:: mmap.PAGESIZE])
-    lock = start_a_thread_of_c() if beside == "a thread of C" else None
+    if beside == "a thread of C":
+        start_a_thread_of_c()
     with background_threads(*[functools.partial(time.sleep, 0.05)] * 2 * (beside == "threads")):
         interrupt_calls_at_random(repeat)
-    del lock, ballast
+    del ballast
 
 
 @linux_only
-@stress
 @fresh
 def test_handler_that_raises_at_every_single_call_in_the_module_leaves_nothing_behind():
     """One point after the other: the start of each Python function and the end of each C function it calls."""
@@ -2591,18 +2322,21 @@ def test_handler_that_raises_at_every_single_call_in_the_module_leaves_nothing_b
             return  # one that is closed is reported as called, though no handler can run there
         if os.getpid() == parent and signal.SIGALRM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
             points += 1
-            if points == chosen:
+            if chosen <= points < chosen + times:
                 where[:] = traceback.format_stack(frame, 4)
                 signal.raise_signal(signal.SIGALRM)
 
     signal.signal(signal.SIGALRM, interrupt)
-    for function, arguments in [(return_at_once, [0]), (return_much, [0]), (divmod, [1, 0])]:
+    calls = [functools.partial(call, *args) for args in [(return_at_once, 0), (return_much, 0), (divmod, 1, 0)]]
+    calls += [isolated(int, memory_limit=1 << 40), lambda: list(isolated(countdown)(2))]
+    calls += [lambda: isolated(time.sleep, timeout=0.01)(60), lambda: call(lambda: [bytes(3 * MIB), holder_of(BULK)])]
+    for times, form in [(8, calls[0]), *[(1, form) for form in calls]]:
         before, chosen, where = state_of_the_caller(), 0, ["nowhere"]
         while where:
             chosen, points, where = chosen + 1, 0, []
             try:
                 sys.setprofile(count_points)
-                call(function, *arguments)
+                form()
             except Interrupt:
                 assert where
             except (ZeroDivisionError, MemIsolateError) as error:
@@ -2629,150 +2363,47 @@ def test_exception_of_a_handler_is_not_taken_for_one_of_the_result():
     assert_no_child_is_left()
 
 
-def shoot_at_children_of(parent):
-    last = None
-    while True:
-        try:
-            children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        except OSError:
-            return
-        for pid in map(int, children):
-            if pid != os.getpid():
-                if pid != last:
-                    last = pid
-                    time.sleep(random.choice([0, random.uniform(0, 0.002)]))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGUSR1)
-
-
 @linux_only
 @repetitions(60, 500)
 @fresh
 def test_child_under_fire_never_reaches_the_callers_code(tmp_path, repeat):
-    """Handlers that raise, before, during and after the callable: what follows the call runs once, in the parent.
+    """Handlers raise before, during and after the callable: what follows the call runs once, in the parent."""
+    parent, fork, outcomes = os.getpid(), mem_isolate._libc_fork, collections.Counter()
+    kinds = [Interrupt, KeyboardInterrupt, SystemExit]
+    # Before 3.11 no code gets through while signals come faster than it runs; the child ends then.
+    expected = (*kinds, *[CallableStatusUnknownError] * (sys.version_info < (3, 11)))
+    log = os.open(Path(tmp_path, "passages"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    Each call returns what the callable returned or raises what a handler raised in it.
-    """
-    parent, passages = os.getpid(), Path(tmp_path, "passages")
-    log = os.open(passages, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    attacker = os.fork()
-    if attacker == 0:
-        try:
-            shoot_at_children_of(parent)
-        finally:
-            os._exit(0)
-
-    def storm_from_within():
-        signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
-        return "returned"
-
-    def work_for_a_moment():
-        for _ in range(os.getpid() % 32 * 300):
+    def work_for_a_moment(seconds):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
             pass
-        return "returned"
+        return "returned", list(range(20_000))
 
-    def interrupt(*_):
-        raise (Interrupt, KeyboardInterrupt, SystemExit)[os.getpid() % 3]
-
-    for number in (signal.SIGUSR1, signal.SIGALRM):
-        signal.signal(number, interrupt)
-    expected, outcomes = (Interrupt, KeyboardInterrupt, SystemExit), collections.Counter()
-    if sys.version_info < (3, 11):
-        # These look for signals before any instruction, so that no code gets through to where signals are blocked
-        # as long as new ones come faster than it runs. The child ends then, and the parent says so.
-        expected += (CallableStatusUnknownError,)
+    signal.signal(signal.SIGALRM, lambda *_: raise_it(kinds[os.getpid() % 3]))
+    start_fire = functools.partial(signal.setitimer, signal.ITIMER_REAL)
+    mem_isolate._libc_fork = lambda: fork() or start_fire(1e-5 + number % 20 * 1e-4, 1e-4) and 0
     for number in range(repeat):
         try:
-            outcome = call((storm_from_within, work_for_a_moment)[number % 2])
-            assert outcome == "returned"
+            outcome = call(work_for_a_moment, number % 2 * 0.002)[0]
         except expected as error:
             outcome = type(error).__name__
-        os.write(log, b"%d\n" % os.getpid())
+        os.write(log, b"%d " % os.getpid())
         if os.getpid() != parent:
             os._exit(1)
         outcomes[outcome] += 1
-    os.kill(attacker, signal.SIGKILL)
-    os.waitpid(attacker, 0)
-    assert passages.read_text().split() == [str(parent)] * repeat, "a child escaped into the caller's code"
-    assert {"Interrupt", "KeyboardInterrupt", "SystemExit", "returned"} <= set(outcomes), outcomes
+    assert Path(tmp_path, "passages").read_text().split() == [str(parent)] * repeat, "a child escaped"
+    assert "returned" in outcomes and len(outcomes) > 2, outcomes
     assert_no_child_is_left()
 
 
+@pytest.mark.parametrize("sleep", ["in Python", "in C"])
 @fresh
-def test_handlers_that_raise_one_after_the_other_do_not_break_the_child():
-    numbers = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM]
-    libc, every_signal = ctypes.PyDLL(None), ctypes.create_string_buffer(128)
-    libc.sigfillset(every_signal)
-
-    def release_them_all():
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        for number in numbers:
-            kill_self(number)
-        libc.pthread_sigmask(int(signal.SIG_UNBLOCK), every_signal, None)
-
-    for number in numbers:
-        signal.signal(number, interrupt)
-    raised(Interrupt, call, release_them_all)
-
-
-def sleep_through_interrupts(started):
-    while True:
-        with contextlib.suppress(KeyboardInterrupt):
-            sleep_until_interrupted(started)
-
-
-def sleep_until_interrupted(started):
-    started[0] = 1
-    time.sleep(60)
-
-
-def sleep_in_c(started):
-    started[0] = 1
-    ctypes.PyDLL(None).sleep(60)
-
-
-@repetitions(1, 8)
-@pytest.mark.parametrize("function", ["sleep_until_interrupted", "sleep_through_interrupts", "sleep_in_c"])
-@fresh
-def test_ctrl_c_at_a_terminal_is_one_keyboard_interrupt(function, repeat):
-    started = shared_numbers(1)
-    for _ in range(repeat):
-        started[0] = 0
-        pid, terminal = pty.fork()
-        if pid == 0:
-            interrupts = 0
-            try:
-                try:
-                    call(globals()[function], started)
-                except KeyboardInterrupt:
-                    interrupts += 1
-                burn_the_gil()
-            except KeyboardInterrupt:
-                interrupts += 1
-            assert_no_child_is_left()
-            print(f"{interrupts} interrupts", flush=True)
-            os._exit(0)
-        wait_until(lambda: started[0])
-        os.write(terminal, b"\3")
-        output, chunk = b"", b"first"
-        while chunk:
-            assert select.select([terminal], [], [], 20)[0], f"no end after {output!r}"
-            try:
-                chunk = os.read(terminal, 1000)
-            except OSError:  # EIO: everybody has closed the other end
-                chunk = b""
-            output += chunk
-        os.close(terminal)
-        assert os.waitpid(pid, 0)[1] == 0, output
-        assert output.replace(b"^C", b"").strip() == b"1 interrupts", output
-
-
-@fresh
-def test_mask_that_a_handler_set_during_the_call_stays():
-    signal.signal(signal.SIGALRM, lambda *_: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1]))
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
-    assert call(return_later, 0.3) == b"later"
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == {signal.SIGUSR1}
+def test_ctrl_c_is_one_keyboard_interrupt(sleep):
+    """A terminal sends it to the child too."""
+    function = time.sleep if sleep == "in Python" else LIBC.sleep
+    raised(KeyboardInterrupt, call, lambda: [os.killpg(0, signal.SIGINT), function(60)])
+    assert_no_child_is_left()
 
 
 # ------------------------------------------------------------------------------------------------ Crashes and limits
@@ -2805,6 +2436,8 @@ def test_no_address_space_left_is_a_region_creation_error():
     finally:
         leave_address_space(1 << 40)
     assert call(int, "5") == 5
+    mem_isolate._memoryview = lambda *_: raise_it(MemoryError())
+    failure(RegionCreationError, int)
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.ENOSYS], ids=errno.errorcode.get)
@@ -2817,6 +2450,11 @@ def test_a_fork_that_fails_is_a_fork_error_and_can_be_tried_again(number, monkey
     assert os.strerror(number) in str(error)
     assert process_state() == before
     assert call(int, "5") == 5
+
+
+def test_an_error_on_the_way_into_the_fork_leaves_mask_and_faulthandler_as_they_were(monkeypatch, either_way):
+    monkeypatch.setattr(mem_isolate, "_libc_fork", lambda: raise_it(KeyError()))
+    raised(KeyError, isolated(timeout=60)(int))
 
 
 ENDS = {"SIGKILL": (kill_self, signal.SIGKILL), "7": (os._exit, 7), "0": (os._exit, 0)}
@@ -2943,28 +2581,6 @@ def test_parent_without_memory_for_the_result_gets_a_typed_error():
     assert len(mappings()) <= before + 3
 
 
-@linux_only
-@stress
-@fresh
-def test_hundreds_of_calls_leave_nothing_behind():
-    outcomes = [(int, "5"), (bytes, 200_000), (holder_of, 2 * MIB), (raise_it, TwoArguments(1, "one"))]
-    outcomes += [(os._exit, 7), (threading.Lock,)]
-
-    def resident_after(times):
-        for number in range(times):
-            with contextlib.suppress(TwoArguments, UnexpectedExitStatusError, SerializationError):
-                call(*outcomes[number % len(outcomes)])
-        gc.collect()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-    resident, before, mapped = resident_after(200), state_of_the_caller(), len(mappings())
-    grown = resident_after(600) - resident
-    assert grown < 1 << 20, f"grew by {grown} bytes"
-    assert state_of_the_caller() == before
-    assert len(mappings()) <= mapped + 5
-    assert_no_child_is_left()
-
-
 def reap_everything(*_):
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
@@ -3003,23 +2619,20 @@ def run_state(pid):
 
 @fresh_on_linux
 def test_child_and_parent_may_be_stopped_and_continued():
-    parent, continued = os.getpid(), shared_numbers(1)
+    def stop_both(pids):
+        helper = os.fork()
+        if helper:
+            os.waitpid(helper, 0)
+            return "went on"
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda: run_state(pid) == "T")
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        os._exit(0)
 
-    def stop_both():
-        me, helper = os.getpid(), os.fork()
-        if helper == 0:
-            for pid in (parent, me):
-                os.kill(pid, signal.SIGSTOP)
-                wait_until(lambda pid=pid: run_state(pid) == "T")
-            continued[0] += 1
-            for pid in (parent, me):
-                os.kill(pid, signal.SIGCONT)
-            os._exit(0)
-        os.waitpid(helper, 0)
-        return "went on"
-
-    for number in range(5):
-        assert call(stop_both) == "went on" and continued[0] == number + 1
+    for _ in range(5):
+        assert call(lambda: stop_both([os.getppid(), os.getpid()])) == "went on"
 
 
 @linux_only
@@ -3027,11 +2640,9 @@ def test_child_and_parent_may_be_stopped_and_continued():
 @pytest.mark.parametrize("caller", ["main", "thread"])
 @pytest.mark.parametrize("moment", ["any moment", "in the callable"])
 @fresh
-def test_child_dies_with_its_parent(tmp_path, caller, moment, repeat):
-    """After the parent's SIGKILL; no file stays behind."""
-    tempfile.tempdir = tmp_path
+def test_child_dies_with_its_parent(caller, moment, repeat):
     become_the_reaper_of_orphans()
-    progress, folders = shared_numbers(2), [Path("/dev/shm"), Path(tmp_path)]
+    progress = shared_numbers(2)
 
     def sleep_in_the_child():
         progress[1] = 1
@@ -3053,8 +2664,6 @@ def test_child_dies_with_its_parent(tmp_path, caller, moment, repeat):
                 pass
         os.kill(victim, signal.SIGKILL)
         reap_all_within(5)
-    files = [name for folder in folders if folder.exists() for name in os.listdir(folder) if "mem_isolate" in name]
-    assert files == os.listdir(tmp_path) == []
 
 
 @fresh_on_linux
@@ -3201,53 +2810,33 @@ def test_wild_pointers_of_the_callable_do_not_hurt_the_parent():
 
 @fresh_on_linux
 def test_later_child_cannot_scribble_on_a_call_in_flight():
-    delivered, go = os.pipe(), os.pipe()
-
-    class Slow:
-        """A stdout that is flushed, after the result has been delivered, until the test says so."""
-
-        def flush(self):
-            os.write(delivered[1], b"x")
-            os.read(go[0], 1)
-
-    def return_and_linger():
-        sys.stdout = Slow()
-        return b"A" * 1500
-
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        result = pool.submit(call, return_and_linger)
-        os.read(delivered[0], 1)
-        call(scribble_over_all_that_is_shared, "100")
-        os.write(go[1], b"x")
-        assert result.result(30) == b"A" * 1500
+    items = isolated(lambda: (yield from [os.getpid(), b"A" * 1500]))()
+    pid = next(items)
+    wait_until(lambda: run_state(pid) == "Z")  # it has delivered, and nobody has read it
+    call(scribble_over_all_that_is_shared, "100")
+    assert list(items) == [b"A" * 1500]
 
 
-@root_only
 @linux_only
-@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare")
-def test_parent_in_another_pid_namespace_is_a_parent_all_the_same(tmp_path):
-    """Under another one's /proc, where its pid is that of somebody else, to whom the result must not go."""
-    precious = tmp_path / "precious"
-    precious.write_text("mine")
-    hold = "import os, sys, time; f = os.open(sys.argv[1], 2); [os.dup2(f, n) for n in range(4, 1030)]; time.sleep(60)"
-    stranger = subprocess.Popen([sys.executable, "-c", hold, str(precious)])
-    try:
-        wait_until(lambda: os.path.exists(f"/proc/{stranger.pid}/fd/1029"))
-        code = (
-            "import ctypes, os; from mem_isolate import execute_in_isolated_process as call;"
-            "assert os.getpid() == int(os.sys.argv[1]); print(len(call(bytes, 300_000)));"
-            "assert ctypes.CDLL(None).unshare(0x20000000) == 0; print(len(call(bytes, 300_000)))"  # CLONE_NEWPID
-        )
-        last = "/proc/sys/kernel/ns_last_pid"
-        shell = f"echo {stranger.pid - 1} > {last}; '{sys.executable}' -c '{code}' {stranger.pid} 2>&1; true"
-        printed = subprocess.check_output(["unshare", "-pf", "sh", "-c", shell], cwd=HERE, timeout=60)
-    finally:
-        stranger.kill()
-        stranger.wait()
-    assert precious.read_text() == "mine"
-    if b"AssertionError" in printed:
-        pytest.skip("the pid was not to be had")
-    assert printed == b"300000\n300000\n"
+@pytest.mark.parametrize("named", [True, False])
+def test_in_another_pid_namespace_no_file_of_a_stranger_or_of_the_callable_is_written_to(named, tmp_path, monkeypatch):
+    """Its /proc knows the parent's pid as that of somebody else."""
+    monkeypatch.setattr(os, "readlink", lambda path: "0")
+    monkeypatch.setattr(mem_isolate, "open", lambda *_: pytest.fail("opened a stranger's"), raising=False)
+    assert call(bytes, BULK) == bytes(BULK)
+
+    def reuse_all_descriptors():
+        file = os.open(tmp_path / "file", os.O_RDWR)
+        (tmp_path / "file").write_bytes(b"" if named else b"precious")
+        assert named or os.unlink(tmp_path / "file") is None
+        for descriptor in range(3, 1100):
+            os.dup2(file, descriptor)
+        return bytes(BULK)
+
+    (tmp_path / "file").touch()
+    with (tmp_path / "file").open() as file:
+        failure(ResultDeliveryError, reuse_all_descriptors)
+        assert file.read() == ("" if named else "precious")
 
 
 @linux_only
@@ -3358,6 +2947,7 @@ SEGFAULTS = {  # and the names of all its frames, the innermost first, or of som
     "beside a thread": (lambda: isolated(go_wrong_beside_a_thread)(SEGFAULT), ["string_at", "_bootstrap", "..."]),
     "in a thread": (lambda: isolated(in_thread)(SEGFAULT), ["string_at", "in_thread", "..."]),
     "overflow": (isolated(OVERFLOW), ["go_wrong"]),
+    "overflow in a thread": (lambda: in_thread(isolated(OVERFLOW)), ["go_wrong"]),
 }
 
 
@@ -3380,9 +2970,13 @@ def test_its_own_frames_are_left_out_wherever_the_file_lies():
 @pytest.mark.parametrize("end", [SEGFAULT, loop, STOP], ids=["crash", "loop", "stopped"])
 def test_the_crash_of_a_grandchild_is_not_taken_for_the_childs(end, either_way):
     def fork_and_go_on():
-        grandchild = os.fork()
-        os.waitpid(grandchild, 0) if grandchild else read_beyond_the_end_of_a_file()
+        for crash in (read_beyond_the_end_of_a_file, lambda: read_beyond(ctypes.string_at, 0)):
+            grandchild = os.fork()
+            os.waitpid(grandchild, 0) if grandchild else crash()
         end()
+
+    def read_beyond(function, *arguments):
+        function(*arguments)
 
     kind = KilledBySignalError if end is SEGFAULT else CallableTimeoutError
     error, frames = report(kind, isolated(timeout=0.5)(fork_and_go_on))
@@ -3423,6 +3017,7 @@ def test_errors_and_debug_records_tell_pid_memory_and_time(outcome, caplog):
         error = report(kind, limited, seen, *what)[0] if kind else limited(seen, *what) and None
     (record,) = caplog.records
     text, pid, memory, seconds = record.getMessage(), record.child_pid, record.peak_memory, record.cpu_time
+    assert re.search(r"after \d+\.\d+ s, [1-9]\d* bytes returned" if kind is None and what == [int] else "after", text)
     assert pid == seen[0] and 0.09 < seconds < 10
     resident = of_files = 0
     if sys.platform == "linux":
@@ -3460,17 +3055,12 @@ def test_the_child_is_the_first_that_the_kernel_kills_for_memory():
         call(assert_oom_score_stays, own)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         assert oom_score() == own
-    if os.geteuid() == 0:
-        os.setuid(65534)  # who may not write there, since the process was root's
-        call(assert_oom_score_stays, own)
 
 
 def dispositions():
     """What libc's ``sigaction`` says of every signal: it knows C handlers, which ``signal.getsignal`` does not."""
     answers = {number: ctypes.create_string_buffer(256) for number in range(1, signal.NSIG)}
-    told = {number: answer.raw for number, answer in answers.items() if LIBC.sigaction(number, None, answer) == 0}
-    # Handler, mask and flags, without the one that libc adds by itself.
-    return {n: (raw[:16], int.from_bytes(raw[136:140], "little") & ~0x4000000) for n, raw in told.items()}
+    return {n: answer.raw[:16] for n, answer in answers.items() if LIBC.sigaction(n, None, answer) == 0}
 
 
 def assert_told(crashes):
@@ -3488,7 +3078,7 @@ def fail_beside_handlers(mode, path):
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     assert_told(CRASHES)
     real_time = range(getattr(signal, "SIGRTMIN", 1), getattr(signal, "SIGRTMAX", 0) + 1)
-    handled = [signal.SIGFPE, signal.SIGABRT, *real_time]
+    handled = [signal.SIGABRT, *real_time]
     for number in handled:
         signal.signal(number, lambda number, _: heard.append(number))
     signal.signal(signal.SIGFPE, signal.SIG_IGN)
@@ -3496,9 +3086,8 @@ def fail_beside_handlers(mode, path):
     for limited in (isolated, isolated(timeout=60)):
         error, frames = report(UnexpectedExitStatusError, limited(SEGFAULT))
         assert error.exit_status == signal.SIGSEGV and frames == {}
-        assert limited(lambda: list(map(signal.raise_signal, handled)) and heard)() == handled[1:] and not heard
-        changed = {number for number, _ in dispositions().items() - limited(dispositions)().items()}
-        assert not changed & {signal.SIGSEGV, *handled}
+        raising = [signal.SIGFPE, *handled]
+        assert limited(lambda: list(map(signal.raise_signal, raising)) and heard)() == handled and not heard
     if real_time:
         assert report(CallableTimeoutError, isolated(timeout=0.2)(loop))[1] == {}
         signal.signal(real_time[-2], signal.SIG_DFL)
@@ -3551,6 +3140,7 @@ def test_a_crash_is_told_with_few_descriptors_and_stays_what_it_is_with_small_fi
     assert "go_wrong" in frames
     error, _ = report(KilledBySignalError, call, limited_and, SEGFAULT, resource.RLIMIT_FSIZE, 4096, 4096)
     assert error.signal is signal.SIGSEGV
+    assert call(limit_files, 4096, signal.SIG_DFL, raised, KilledBySignalError, call, SEGFAULT).signal is error.signal
 
 
 def handle_every_signal_by(handler):
@@ -3563,11 +3153,6 @@ def handle_every_signal_by(handler):
 def block_every_signal_and_sleep(*_):
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     time.sleep(60)
-
-
-class SleepsWhenPickled(Exception):
-    def __reduce__(self):
-        time.sleep(60)
 
 
 async def sleep_in_a_loop():
@@ -3583,8 +3168,8 @@ HANGS = {  # and frames that the error has, the innermost first
     "beside a thread": (lambda: go_wrong_beside_a_thread(loop), ["loop", "go_wrong", "_bootstrap"]),
     "in a call of its own": (lambda: go_wrong(isolated(time.sleep), 60), ["go_wrong", "<lambda>"]),
     "without descriptors": (lambda: [os.closerange(3, 256), loop()], ["loop", "<lambda>"]),
-    "pickling": (SleepsWhenPickled, []),
-    "pickling an exception": (lambda: raise_it(SleepsWhenPickled()), []),
+    "pickling": (lambda: OnPickle(go_wrong, time.sleep, 60), ["go_wrong", "__reduce__"]),
+    "pickling an exception": (lambda: raise_it(PicklesAs(go_wrong, time.sleep, 60)), ["go_wrong", "__reduce__"]),
     "all blocked": (block_every_signal_and_sleep, []),
     "all handled": (lambda: handle_every_signal_by(lambda *_: None), []),
     "all ignored": (lambda: handle_every_signal_by(signal.SIG_IGN), []),
@@ -3638,40 +3223,6 @@ def test_waiting_for_the_limit_does_not_poll():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before < 8
 
 
-def test_timeout_of_a_nested_call_arrives_as_such():
-    assert raised(CallableTimeoutError, isolated(timeout=60)(isolated(timeout=0.05)(time.sleep)), 60).timeout == 0.05
-
-
-def test_limit_holds_where_the_clock_of_the_time_module_is_replaced(monkeypatch):
-    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    raised(CallableTimeoutError, isolated(timeout=0.2)(time.sleep), 30)
-
-
-def return_a_mebibyte():
-    time.sleep(0.002)
-    return bytes(MIB)
-
-
-def usual_duration():
-    """Seconds that such a call takes here and now."""
-    start = time.perf_counter()
-    for _ in range(20):
-        call(return_a_mebibyte)
-    return (time.perf_counter() - start) / 20
-
-
-@stress
-def test_limit_reached_while_the_callable_ends_gives_one_outcome_or_the_other():
-    outcomes, limit = collections.Counter(), usual_duration()
-    for _ in range(150):  # with a limit that stays around how long the call takes here and now
-        try:
-            assert isolated(timeout=random.uniform(0.8, 1.2) * limit)(return_a_mebibyte)() == bytes(MIB)
-            outcomes["result"], limit = outcomes["result"] + 1, limit * 0.9
-        except CallableTimeoutError:
-            outcomes["timeout"], limit = outcomes["timeout"] + 1, limit * 1.1
-    assert min(outcomes["result"], outcomes["timeout"]) > 10, outcomes
-
-
 @root_only
 @fresh_on_linux
 def test_child_that_may_not_be_killed_is_told_and_leaves_nothing_else():
@@ -3681,6 +3232,13 @@ def test_child_that_may_not_be_killed_is_told_and_leaves_nothing_else():
         isolated(timeout=0.3)(lambda: (os.setresuid(0, 0, 0), time.sleep(1)))()
     assert caught.value.timeout == 0.3
     assert state_of_the_caller() == before
+
+
+@linux_only
+@has_pidfd
+def test_a_child_is_killed_by_pidfd_which_cannot_hit_another(monkeypatch):
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("killed by pid"))
+    raised(CallableTimeoutError, isolated(timeout=0.1)(time.sleep), 60)
 
 
 @pytest.mark.parametrize("number", [0, errno.ENOSYS, errno.EPERM], ids=["SIGCHLD ignored", "ENOSYS", "EPERM"])
@@ -3705,32 +3263,19 @@ def c_malloc(size):
     return pointer
 
 
-def data_size():
-    """Bytes of private writable memory that this process has mapped."""
-    descriptor = os.open("/proc/self/statm", os.O_RDONLY)
-    try:
-        return int(os.read(descriptor, 200).split()[5]) * mmap.PAGESIZE
-    finally:
-        os.close(descriptor)
-
-
 def hoard(make, size):
     """Allocate until there is no more; return by how many MiB that made the process grow. Stop at 1 GiB."""
-    before, reserve, kept = data_size(), bytearray(50_000), []
+    before, reserve, kept = kibibytes("/proc/self/status", "VmData"), bytearray(MIB), []
     try:
         while len(kept) * size < 1024 * MIB:
             kept.append(make(size))
     except MemoryError:
         del reserve
-    return (data_size() - before) / MIB
+    return (kibibytes("/proc/self/status", "VmData") - before) / 1024
 
 
 def leak_in_python():
     return len([[] for _ in range(10**8)])
-
-
-async def leak_in_python_async():
-    return leak_in_python()
 
 
 @linux_only
@@ -3747,20 +3292,9 @@ def test_memory_limit_is_met_inside_the_child_and_does_not_count_what_the_parent
 def test_python_code_gets_a_memory_error_which_arrives_as_such(limit):
     before = resource.getrlimit(resource.RLIMIT_DATA)
     caught = raised(MemoryError, isolated(memory_limit=limit, timeout=60)(leak_in_python))
-    raised(MemoryError, asyncio.run, isolated(memory_limit=limit)(leak_in_python_async)())
     assert "MemoryError" in str(caught.__cause__)  # where memory is out, the interpreter may have no traceback
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert len(bytearray(64 * MIB)) == 64 * MIB
-
-
-@linux_only
-def test_c_code_that_dies_of_the_limit_is_killed_by_a_signal():
-    def write_to_what_malloc_returned(size):
-        ctypes.memset(LIBC.malloc(size), 1, size)
-
-    assert isolated(memory_limit=64 * MIB)(write_to_what_malloc_returned)(16 * MIB) is None
-    caught = raised(KilledBySignalError, isolated(memory_limit=64 * MIB)(write_to_what_malloc_returned), 128 * MIB)
-    assert caught.signal is signal.SIGSEGV
 
 
 @linux_only
@@ -3848,7 +3382,11 @@ async def raise_it_async(error):
 
 
 def test_outcomes_arrive_in_the_task_that_awaits(run_in_a_loop):
+    name = contextvars.ContextVar("name")
+
     async def main():
+        name.set("the task's")
+        assert await call_async(name.get) == "the task's"
         for function in (pid_and_arguments, pid_and_arguments_async):
             pid, arguments, named = await call_async(function, 1, "two", three=3)
             assert (pid != os.getpid(), arguments, named) == (True, (1, "two"), {"three": 3})
@@ -3861,19 +3399,6 @@ def test_outcomes_arrive_in_the_task_that_awaits(run_in_a_loop):
         with pytest.raises(SerializationError):
             await call_async(threading.Lock)
         assert await call_async(bytes, 5 * MIB) == bytes(5 * MIB)
-
-    run_in_a_loop(main())
-
-
-def test_callable_sees_the_context_of_the_awaiting_task(run_in_a_loop):
-    name = contextvars.ContextVar("name")
-
-    async def get_async():
-        return name.get()
-
-    async def main():
-        name.set("the task's")
-        assert await call_async(name.get) == await call_async(get_async) == "the task's"
 
     run_in_a_loop(main())
 
@@ -3925,25 +3450,6 @@ def test_call_can_be_cancelled_at_every_turn_of_the_loop(run_in_a_loop):
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert_no_child_is_left()
-
-    run_in_a_loop(main())
-
-
-@stress
-def test_call_can_be_cancelled_at_any_moment(run_in_a_loop):
-    async def main():
-        outcomes, delay = collections.Counter(), usual_duration()
-        for _ in range(120):  # about when it ends, or long before
-            task = asyncio.ensure_future(call_async(return_a_mebibyte))
-            await asyncio.sleep(random.choice([random.uniform(0, 1), random.uniform(0.9, 1.1)]) * delay)
-            task.cancel()
-            try:
-                assert await task == bytes(MIB)
-                outcomes["result"], delay = outcomes["result"] + 1, delay * 0.9
-            except asyncio.CancelledError:
-                outcomes["cancelled"], delay = outcomes["cancelled"] + 1, delay * 1.05
-            assert_no_child_is_left()
-        assert min(outcomes["result"], outcomes["cancelled"]) > 10, outcomes
 
     run_in_a_loop(main())
 
@@ -4027,9 +3533,7 @@ def test_calls_work_where_pidfd_open_fails(monkeypatch, error):
     raised(CallableTimeoutError, isolated(timeout=0.05)(time.sleep), 60)
 
     async def main():
-        places, turns = shared_numbers(3), shared_numbers(1)
-        calls = [call_async(meet_the_others, places, turns, i, i) for i in range(3)]
-        assert (await turning(turns, *calls))[0] == [0, 1, 2]
+        assert await call_async(pow, 2, 5) == 32
         with pytest.raises(CallableTimeoutError):
             await isolated(timeout=0.05)(sleep_in_a_loop)()
         with pytest.raises(asyncio.TimeoutError):
@@ -4102,8 +3606,10 @@ def test_item_arrives_as_soon_as_it_is_yielded():
 
     items = isolated(timeout=20)(wait_between)()
     assert next(items) == 1
+    call(items.close)  # which is nothing to the parent
     go_on[0] = 1
     assert list(items) == [2]
+    assert list(isolated(timeout=0.5)(lambda: (yield from map(time.sleep, [0.2] * 4)))()) == [None] * 4
 
 
 FAILURES = {  # what the body does when it is asked for a third item, its error, and a word that it says
@@ -4195,8 +3701,10 @@ def test_child_runs_ahead_of_its_reader_only_so_far():
     pid = next(items)
     wait_until(lambda: made[0] >= 64 and run_state(pid) == "S")
     assert made[0] <= 70
-    assert sum(len(item) for item in items) == 300 * MIB
-    assert made[0] == 300
+    shared = kibibytes("/proc/meminfo", "Shmem")
+    assert sum(len(next(items)) for _ in range(220)) == 220 * MIB
+    assert kibibytes("/proc/meminfo", "Shmem") - shared < 100 << 10, "what was read is kept"
+    assert len(list(items)) == 80 and made[0] == 300
 
 
 def test_generator_may_keep_processes_of_its_own():
@@ -4230,6 +3738,8 @@ def test_large_result_is_rebuilt_while_it_is_made_and_leaves_the_collector_as_it
     try:
         assert call(make_records, 100_000)[-1] == {"number": 99_999}
         raised(SerializationError, call, lambda: [*make_records(100_000), threading.Lock()])
+        asked = call(lambda: [bytes(BULK), OnPickle(lambda: (call, (gc.get_threshold,)))])[1]
+        assert asked == before  # in a child that is forked meanwhile
         assert gc.isenabled() == collecting and gc.get_threshold() == before
     finally:
         gc.enable()
@@ -4238,6 +3748,32 @@ def test_large_result_is_rebuilt_while_it_is_made_and_leaves_the_collector_as_it
 def test_death_half_way_through_a_large_result_is_a_result_delivery_error():
     error = failure(ResultDeliveryError, lambda: [bytes(3 * MIB), OnPickle(kill_self, signal.SIGKILL)])
     assert error.signal is signal.SIGKILL
+
+
+def items_of_every_size(seed):
+    chance = random.Random(seed)
+    for _ in range(100):
+        size = chance.choice([0, chance.randrange(200), 1000, 70_000, 300_000, 3_000_000])
+        plain = patterned(size, chance.randrange(4))
+        yield chance.choice(
+            [plain, Holder(bytearray(plain)), [plain[:99], Holder(bytearray(plain)), Holder(plain[:500])]]
+        )
+    return patterned(1_000_000)
+
+
+@pytest.mark.parametrize("without", ["nothing", "_libc_eventfd"])
+@pytest.mark.parametrize("ring", [100, 300_000, 64 * MIB])
+@fresh
+def test_items_of_every_size_go_through_the_ring_whole_and_in_order(ring, without):
+    """Wherever in the bulk they come to lie; sockets serve where there is no eventfd."""
+    mem_isolate._MOST_AHEAD = ring
+    vars(mem_isolate)[without] = None
+
+    for seed in range(3):
+        expected = items_of_every_size(seed)
+        for number, item in enumerate(isolated(items_of_every_size, timeout=60)(seed)):
+            assert item == next(expected), (seed, number)
+        assert raised(StopIteration, next, expected).value == patterned(1_000_000)
 
 
 # -------------------------------------------------------------------------------------------------------- Huge pages
@@ -4313,16 +3849,6 @@ def test_memory_moves_to_huge_pages_with_its_contents_and_stays_there(state):
 
 @needs_huge_pages
 @fresh
-def test_memory_in_huge_pages_is_private_to_parent_and_child():
-    memory = SmallPages(8)
-    mem_isolate.use_huge_pages()
-    memory.fill(1)
-    ones = memory.digest()
-    assert call(lambda: (memory.fill(2), memory.digest())[1]) != ones == memory.digest()
-
-
-@needs_huge_pages
-@fresh
 def test_huge_pages_let_rss_grow_by_five_percent_at_most():
     # Filling the holes of the second would add a tenth, of the third 511 times what is there.
     nearly_full = SmallPages(16, touched=range(PAGES - 22))
@@ -4341,66 +3867,27 @@ ADVISED = {"not inherited": 10, "emptied by forks": 18, "huge pages refused": 15
 
 
 @needs_huge_pages
-@pytest.mark.parametrize("kind", [*ADVISED, "a file's", "shared", "a living child's"])
+@pytest.mark.parametrize("kind", [*ADVISED, "shared"])
 @fresh
 def test_huge_pages_leave_special_memory_alone(kind):
     memory, asked, madvise = SmallPages(1, flags=mmap.MAP_SHARED if kind == "shared" else PRIVATE), [], LIBC.madvise
-    if kind in ADVISED:
-        assert LIBC.madvise(memory.address, memory.size, ADVISED[kind]) == 0
-    elif kind == "a file's":  # mapped privately, and all of it copied by writing
-        with tempfile.TemporaryFile() as file:
-            file.truncate(memory.size)
-            assert LIBC.mmap(memory.address, memory.size, 3, 0x12, file.fileno(), 0) == memory.address  # MAP_FIXED
-        memory.fill(1)
-    elif kind == "a living child's":
-        child = os.fork()
-        if child == 0:
-            signal.pause()
+    assert kind == "shared" or LIBC.madvise(memory.address, memory.size, ADVISED[kind]) == 0
     control = SmallPages(1)
     mem_isolate._libc_madvise = lambda address, *rest: asked.append(address) or madvise(address, *rest)
     mem_isolate.use_huge_pages()
     assert control.address in asked and memory.address not in asked
-    if kind == "a living child's":
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        mem_isolate.use_huge_pages()
-        assert memory.address in asked
 
 
-@needs_huge_pages
-@stress
-@fresh
-def test_huge_pages_make_calls_from_a_big_process_cheap():
-    memory = SmallPages(256)
-
-    def fastest_call():
-        times = []
-        for _ in range(10):
-            started = time.perf_counter()
-            call(int)
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    before = fastest_call()
-    assert mem_isolate.use_huge_pages() >= memory.size
-    after = fastest_call()
-    assert after < before / 2, (before, after)
-
-
-@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOMEM], ids=errno.errorcode.get)
-def test_huge_pages_that_the_kernel_does_not_have_give_zero(monkeypatch, error):
-    monkeypatch.setattr(mem_isolate, "_libc_madvise", lambda *_: ctypes.set_errno(error) and None or -1)
-    assert mem_isolate.use_huge_pages() == 0
-
-
-@pytest.mark.parametrize("what", ["smaps", "pagemap", "hpage_pmd_size"])
-def test_huge_pages_without_the_files_of_proc_or_of_another_size_give_zero(monkeypatch, what, tmp_path):
+@pytest.mark.parametrize("what", ["smaps", "pagemap", "hpage_pmd_size", "the advice"])
+def test_huge_pages_that_the_system_does_not_have_give_zero(monkeypatch, what, tmp_path):
     (tmp_path / "hpage_pmd_size").write_text("33554432\n")
 
     def open_elsewhere(path, *rest, **named):
         return open(tmp_path / what if str(path).endswith(what) else path, *rest, **named)
 
     monkeypatch.setattr(mem_isolate, "open", open_elsewhere, raising=False)
+    if what == "the advice":
+        monkeypatch.setattr(mem_isolate, "_libc_madvise", lambda *_: ctypes.set_errno(errno.EINVAL) and None or -1)
     assert mem_isolate.use_huge_pages() == 0
 
 
@@ -4472,9 +3959,6 @@ class TestMethods:
     def test_passed_method(self): assert os.getpid() != here
     @pytest.mark.parametrize("number", [2])
     def test_failed_method(self, number): assert number == 1
-def test_passed_with_capsys(capsys):
-    execute_in_isolated_process(print, "hello")
-    assert capsys.readouterr().out == ""
 def test_passed_with_capfd(capfd):
     execute_in_isolated_process(print, "hello")
     assert capfd.readouterr().out == "hello\\n"
@@ -4493,65 +3977,6 @@ def test_the_conftest_that_the_readme_shows(tmp_path):
     assert "did not survive test_failed_by_a_crash: it was killed by SIGSEGV" in printed and "said before" in printed
 
 
-def test_the_coverage_that_the_readme_shows(tmp_path):
-    coverage = pytest.importorskip("coverage")
-    run_block(tmp_path, next(code for code in CODE if "import coverage" in code) + "measured(2)\n")
-    in_fresh_process(Path("example.py"), python="-m coverage run -p".split(), cwd=str(tmp_path))
-    everything = coverage.Coverage(data_file=str(tmp_path / ".coverage"))
-    everything.combine([str(tmp_path)])
-    assert everything.analysis(str(tmp_path / "example.py"))[2] == []
-
-
-def put_in_queues_in_the_child():
-    kept, lost = (multiprocessing.get_context("fork").Queue() for _ in range(2))
-    call(lambda: (kept.put(42), kept.close(), kept.join_thread()) and None)
-    assert kept.get(timeout=10) == 42
-    call(lost.put, bytes(MIB))
-    raised(importlib.import_module("queue").Empty, lost.get, timeout=0.5)
-
-
-def test_what_the_readme_says_of_queues():
-    in_fresh_process(put_in_queues_in_the_child)
-
-
-def test_what_the_readme_says_of_breakpoint():
-    code = "def work(x):\n    breakpoint()\n    return x\nprint(isolated(work)(21))"
-    start = "import io, sys; sys.stdin = io.StringIO('x = 42\\nc\\n')\nfrom mem_isolate import isolated\n"
-    printed = in_fresh_process(start + code)
-    assert "(Pdb)" in printed and printed.split()[-1] == "42", printed
-
-
-LOOPS = {  # how each starts what should go on, and how it waits for a call
-    "trio": "trio.run(main)",
-    "gevent": "gevent.spawn(tick, gevent.sleep); show(gevent.get_hub().threadpool.apply(parse, ('a',)))",
-    "eventlet": "eventlet.spawn(tick, eventlet.sleep); from eventlet import tpool; show(tpool.execute(parse, 'a'))",
-}
-LOOP = """
-import time
-from mem_isolate import isolated
-parse, count = isolated(lambda path: time.sleep(0.3) or path.upper(), timeout=10), 0
-def show(result): print(result, count > 9)
-def tick(sleep):
-    global count
-    while True: count += 1; sleep(0.01)
-async def async_tick():
-    global count
-    while True: count += 1; await trio.sleep(0.01)
-async def main():
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(async_tick)
-        show(await trio.to_thread.run_sync(parse, "a"))
-        nursery.cancel_scope.cancel()
-"""
-
-
-@pytest.mark.parametrize("library", LOOPS)
-def test_other_loops_go_on_as_the_readme_says(library):
-    pytest.importorskip(library)
-    code = f"import {library}\n{LOOP}{LOOPS[library]}"
-    assert in_fresh_process(code, python=["-W", "ignore"]) == "A True\n"
-
-
 # ------------------------------------------------------------------------------------------------------ The benchmark
 
 
@@ -4567,10 +3992,8 @@ def test_benchmark_measures_every_row_and_says_so_in_json(tmp_path):
     crate = ["direct function call", "fork alone", "fork and wait", "isolated"]
     assert [row["name"] for row in rows[:4]] == crate
     names = " ".join(row["case"] for row in rows)
-    words = (
-        "bytes, array, ints, dicts, small items, arrays of 8 MiB, busy threads, called from, fault, importing, parent"
-    )
-    assert [word for word in words.split(", ") if word not in names] == []
+    for word in "bytes array ints dicts items threads called fault importing parent".split():
+        assert word in names
     elsewhere = {"isolated, huge pages", "isolated, memory_limit"}  # not on every system
     assert {row["failure"] for row in rows if row["name"] not in elsewhere} == {""}
     assert all(len(row["seconds"]) == len(row["faults"]) >= 5 for row in rows if not row["failure"])
