@@ -2322,7 +2322,7 @@ def test_handler_that_raises_at_every_single_call_in_the_module_leaves_nothing_b
             return  # one that is closed is reported as called, though no handler can run there
         if os.getpid() == parent and signal.SIGALRM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
             points += 1
-            if chosen <= points < chosen + times:
+            if points == chosen:
                 where[:] = traceback.format_stack(frame, 4)
                 signal.raise_signal(signal.SIGALRM)
 
@@ -2330,7 +2330,7 @@ def test_handler_that_raises_at_every_single_call_in_the_module_leaves_nothing_b
     calls = [functools.partial(call, *args) for args in [(return_at_once, 0), (return_much, 0), (divmod, 1, 0)]]
     calls += [isolated(int, memory_limit=1 << 40), lambda: list(isolated(countdown)(2))]
     calls += [lambda: isolated(time.sleep, timeout=0.01)(60), lambda: call(lambda: [bytes(3 * MIB), holder_of(BULK)])]
-    for times, form in [(8, calls[0]), *[(1, form) for form in calls]]:
+    for form in calls:
         before, chosen, where = state_of_the_caller(), 0, ["nowhere"]
         while where:
             chosen, points, where = chosen + 1, 0, []
@@ -2348,6 +2348,16 @@ def test_handler_that_raises_at_every_single_call_in_the_module_leaves_nothing_b
             assert_nothing_is_left_after_an_exception(before, where)
         assert chosen > 10, "hardly any point to interrupt at was found"
     assert not lost, "".join(lost)
+
+
+@pytest.mark.parametrize("owner, step", [("_Shared", "release"), ("_Process", "signal_and_wait")])
+def test_a_clean_up_that_is_interrupted_again_and_again_goes_on(monkeypatch, owner, step):
+    """As by Ctrl-C, whose handler is in C and so leaves no trace of itself in the exception."""
+    owner, left = getattr(mem_isolate, owner), [KeyboardInterrupt()] * 5
+    usual = getattr(owner, step)
+    monkeypatch.setattr(owner, step, lambda *arguments: raise_it(left.pop()) if left else usual(*arguments))
+    raised(KeyboardInterrupt, isolated(block_every_signal_and_sleep, timeout=0.1), 60)
+    assert left == []
 
 
 def rebuild_slowly():
@@ -2369,7 +2379,7 @@ def test_exception_of_a_handler_is_not_taken_for_one_of_the_result():
 def test_child_under_fire_never_reaches_the_callers_code(tmp_path, repeat):
     """Handlers raise before, during and after the callable: what follows the call runs once, in the parent."""
     parent, fork, outcomes = os.getpid(), mem_isolate._libc_fork, collections.Counter()
-    kinds = [Interrupt, KeyboardInterrupt, SystemExit]
+    kinds, numbers = [Interrupt, KeyboardInterrupt, SystemExit], list(range(200_000))
     # Before 3.11 no code gets through while signals come faster than it runs; the child ends then.
     expected = (*kinds, *[CallableStatusUnknownError] * (sys.version_info < (3, 11)))
     log = os.open(Path(tmp_path, "passages"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -2378,11 +2388,11 @@ def test_child_under_fire_never_reaches_the_callers_code(tmp_path, repeat):
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             pass
-        return "returned", list(range(20_000))
+        return "returned", numbers
 
     signal.signal(signal.SIGALRM, lambda *_: raise_it(kinds[os.getpid() % 3]))
     start_fire = functools.partial(signal.setitimer, signal.ITIMER_REAL)
-    mem_isolate._libc_fork = lambda: fork() or start_fire(1e-5 + number % 20 * 1e-4, 1e-4) and 0
+    mem_isolate._libc_fork = lambda: fork() or start_fire(1e-5 + number % 20 * 1e-4, number % 3 * 1e-4) and 0
     for number in range(repeat):
         try:
             outcome = call(work_for_a_moment, number % 2 * 0.002)[0]
@@ -3088,6 +3098,7 @@ def fail_beside_handlers(mode, path):
         assert error.exit_status == signal.SIGSEGV and frames == {}
         raising = [signal.SIGFPE, *handled]
         assert limited(lambda: list(map(signal.raise_signal, raising)) and heard)() == handled and not heard
+        assert not {n for n, _ in dispositions().items() - limited(dispositions)().items()} & {signal.SIGSEGV, *handled}
     if real_time:
         assert report(CallableTimeoutError, isolated(timeout=0.2)(loop))[1] == {}
         signal.signal(real_time[-2], signal.SIG_DFL)
@@ -3671,22 +3682,6 @@ def test_generators_may_be_zipped_nested_and_mixed_with_calls():
         assert list(pool.map(lambda count: sum(isolated(countdown)(count)), [10, 20, 30, 40])) == [55, 210, 465, 820]
 
 
-def test_items_of_all_sizes_and_the_return_value_arrive_in_order_and_belong_to_the_parent():
-    sizes = [0, 1, 60_000, 65_535, 65_536, 100_000, 300_000, 5 * MIB, 3]
-    made = [[patterned(size, 1), holder_of(size), [holder_of(10), "x" * size, holder_of(size, 2)]] for size in sizes]
-
-    def body():
-        for items in made:
-            yield from items
-        return patterned(MIB)
-
-    def delegate():
-        yield (yield from isolated(body)())
-
-    *arrived, returned = delegate()
-    assert arrived == [item for items in made for item in items] and returned == patterned(MIB)
-
-
 @linux_only
 def test_child_runs_ahead_of_its_reader_only_so_far():
     made = shared_numbers(1)
@@ -3773,6 +3768,7 @@ def test_items_of_every_size_go_through_the_ring_whole_and_in_order(ring, withou
         expected = items_of_every_size(seed)
         for number, item in enumerate(isolated(items_of_every_size, timeout=60)(seed)):
             assert item == next(expected), (seed, number)
+            assert not isinstance(item, Holder) or not memoryview(item.buffer).readonly
         assert raised(StopIteration, next, expected).value == patterned(1_000_000)
 
 
