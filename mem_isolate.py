@@ -2296,9 +2296,12 @@ def _kind_of(function: Any) -> str:
     if not callable(function):
         raise TypeError(f"expected a callable, not {type(function).__name__}")
     while type(function) is not types.FunctionType:
-        if type(function) not in (functools.partial, types.MethodType):
+        if type(function) is functools.partial:
+            function = function.func  # pyright: ignore[reportFunctionMemberAccess]
+        elif type(function) is types.MethodType:
+            function = function.__func__  # pyright: ignore[reportFunctionMemberAccess]
+        else:
             return ""
-        function = function.func if type(function) is functools.partial else function.__func__
     flags = function.__code__.co_flags
     return "generator" if flags & 0x20 else "async generator" if flags & 0x200 else ""  # inspect.CO_GENERATOR, ...
 
