@@ -987,17 +987,18 @@ def _find_child_hooks() -> list[Any] | None:
     def mark() -> None:
         pass
 
+    def holders() -> list[list[Any]]:
+        return [holder for holder in gc.get_referrers(mark) if type(holder) is list]
+
     os.register_at_fork(after_in_child=mark)
-    frozen = gc.get_freeze_count()
-    if frozen:  # get_referrers does not look among frozen objects
+    found = holders()
+    if not found and gc.get_freeze_count():  # get_referrers does not look among frozen objects
         gc.unfreeze()
-    holders = gc.get_referrers(mark)
-    if frozen:
+        found = holders()
         gc.freeze()
-    for holder in holders:
-        if type(holder) is list:
-            holder.remove(mark)
-            return holder
+    for hooks in found:
+        hooks.remove(mark)
+        return hooks
     _missing_parts.append("the list of at-fork hooks")
     return None
 
