@@ -661,7 +661,7 @@ class _ItemSender:
         place, writer = self.place, self.writer
         if place + size > _MOST_AHEAD and place > 0:
             left_out = max(_MOST_AHEAD - place, 0)
-            self.wait_for_room(left_out)
+            self.wait_for_room(left_out)  # the mark, too, must not hit an item that was not taken
             if left_out >= _ITEM.size:
                 place += _pwritev(writer.bulk, (_ITEM.pack(0, _AT_THE_START),), place)
             _write(writer.counter, _WORD.pack(left_out))
@@ -690,9 +690,8 @@ class _ItemSender:
                     return stop.value
                 self.send(item)
         finally:
-            writer.start = writer.position = _REGION_SIZE + max(
-                self.extent, self.place
-            )  # of what comes after the items
+            # What comes after the items goes behind them all: the parent may not have taken the last.
+            writer.start = writer.position = _REGION_SIZE + max(self.extent, self.place)
             if writer.failed:
                 writer.bulk = -1  # the callable may have closed it
 
