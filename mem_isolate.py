@@ -31,9 +31,7 @@ import errno
 import functools
 import gc
 import io
-import itertools
 import logging
-import math
 import mmap
 import numbers
 import operator
@@ -50,7 +48,10 @@ import threading
 import time
 import traceback
 import types
+from itertools import accumulate, chain, islice, repeat, starmap, takewhile
+from math import inf
 from signal import Signals
+from types import FunctionType, MethodType
 
 TYPE_CHECKING = False  # importing typing would take longer than all the rest
 
@@ -268,6 +269,7 @@ _PR_SET_PDEATHSIG = 1
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _EFD_NONBLOCK, _EFD_CLOEXEC = os.O_NONBLOCK, getattr(os, "O_CLOEXEC", 0)
+_F_DUPFD_CLOEXEC = fcntl.F_DUPFD_CLOEXEC
 _F_ADD_SEALS = 1033  # in the fcntl module from 3.9 on
 _F_SEAL_EVERYTHING = 1 | 2 | 4 | 8  # seal, shrink, grow, write
 _SIG_BLOCK, _SIG_SETMASK = int(signal.SIG_BLOCK), int(signal.SIG_SETMASK)
@@ -301,7 +303,7 @@ _getppid()  # so that the dynamic linker has resolved it, which it would else do
 
 def _step(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
     """An iterator that, when it is advanced, calls a C function once and yields its result."""
-    return itertools.starmap(function, (arguments,))
+    return starmap(function, (arguments,))
 
 
 def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
@@ -312,8 +314,8 @@ def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> 
 def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
     """Take each item out and call a C function with it, in one step of C."""
     if items:
-        taken = map(list.pop, itertools.repeat(items, len(items)))
-        any(map(function, taken, *map(itertools.repeat, arguments)))
+        taken = map(list.pop, repeat(items, len(items)))
+        any(map(function, taken, *map(repeat, arguments)))
 
 
 def _raise_if_from_handler(error: BaseException) -> None:
@@ -387,8 +389,7 @@ class _Shared:
     """What parent and child share, until ``release``."""
 
     header: Any = None  # the five words, as integers
-    region: Any = None  # the bytes behind them
-    last_words: Any = None
+    region: Any = None  # the bytes behind them: the first of the stream, then room for last words
 
     def __init__(self) -> None:
         # Each is filled and emptied in one step of C, by _keep and _drain.
@@ -407,8 +408,7 @@ class _Shared:
             self.mapping.clear()
             raise _os_error("no memory for the result")
         self.header = _memoryview(start, _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
-        self.region = _memoryview(start + _HEADER_SIZE, _REGION_SIZE, _PYBUF_WRITE)
-        self.last_words = _memoryview(start + _HEADER_SIZE + _REGION_SIZE, _LAST_WORDS_SIZE, _PYBUF_WRITE)
+        self.region = _memoryview(start + _HEADER_SIZE, _REGION_SIZE + _LAST_WORDS_SIZE, _PYBUF_WRITE)
         self.header[_PROGRESS] = _NOT_STARTED
         _make_bulk(self.bulk)
         _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK, streams)
@@ -437,7 +437,7 @@ class _Shared:
 
     def release(self) -> None:
         """Give back all that is still held; a second call goes on where the first was cut short."""
-        for view in (self.header, self.region, self.last_words):
+        for view in (self.header, self.region):
             if view is not None:
                 view.release()  # nobody may look there any more, a debugger in a traceback's frames included
         self.close_descriptors()
@@ -476,7 +476,7 @@ def _make_counter(descriptors: list[int], flags: int, high: bool = False) -> Non
     else:
         ends = (ctypes.c_int * 2)()
         made = _step(_libc_no_errno.socketpair, 1, 1, 0, ends)  # AF_UNIX, SOCK_STREAM
-        descriptors.extend(itertools.chain(filter(None, made), ends))  # one step of C, as in _keep
+        descriptors.extend(chain(filter(None, made), ends))  # one step of C, as in _keep
         if descriptors[0] >= 0:
             _move_up(descriptors)  # and so closed where the callable executes something else
             _move_up(descriptors)
@@ -494,7 +494,7 @@ def _move_up(descriptors: list[int]) -> None:
     Low numbers stand for closed standard streams, or are soon some file's of a callable that closes all it can.
     """
     for lowest in _LOWEST_NUMBERS:
-        _keep(descriptors, _fcntl, descriptors[0], fcntl.F_DUPFD_CLOEXEC, lowest)
+        _keep(descriptors, _fcntl, descriptors[0], _F_DUPFD_CLOEXEC, lowest)
         if descriptors[-1] >= 0:
             any(map(_libc_close, map(descriptors.pop, (0,))))
             return
@@ -504,7 +504,7 @@ def _move_up(descriptors: list[int]) -> None:
 
 def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
     """Where each buffer is, on pages of its own behind a stream that ends here; then where the last one ends."""
-    return itertools.accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
+    return accumulate(-(-length // _PAGE) * _PAGE for length in (end, *lengths))
 
 
 class _Writer:
@@ -560,7 +560,7 @@ class _Writer:
         with contextlib.suppress(OSError):
             if os.readlink("/proc/self") == str(_getpid()):
                 with open(f"/proc/{self.parent}/fd/{number}", "r+b", buffering=0) as file:
-                    number = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # not as stdout
+                    number = fcntl.fcntl(file.fileno(), _F_DUPFD_CLOEXEC, 3)  # not as stdout
         found = os.fstat(number)
         if found.st_nlink or number == self.shared.bulk[0] and found.st_size:  # it has no name, and is still empty
             raise OSError(errno.EBADF, "the callable closed the descriptor for large results")
@@ -572,8 +572,6 @@ class _Writer:
 
     def end(self) -> int:
         """Write the buffers: small ones and a table of all lengths into the stream, large ones behind it."""
-        if not self.buffers:
-            return 0
         lengths = [view.nbytes for view in self.buffers]
         self.write(b"".join(view for view in self.buffers if view.nbytes < _OUT_OF_BAND))
         self.write(struct.pack(f"={len(lengths)}Q", *lengths))
@@ -585,7 +583,7 @@ class _Writer:
 
     def deliver(self, kind: int) -> None:
         """End the stream, and fill in all of the header: the callable can have written there."""
-        count, header = self.end(), self.shared.header
+        count, header = self.end() if self.buffers else 0, self.shared.header
         header[_KIND], header[_BUFFERS], header[_START] = kind, count, self.start
         header[_LENGTH] = self.position - self.start
         header[_PROGRESS] = _DELIVERED
@@ -1037,13 +1035,13 @@ def _keep_what_threads_own() -> Iterator[Any]:
     """
 
     def owned(offset: int) -> Iterator[Any]:
-        states = itertools.accumulate(
-            itertools.chain(map(_newest_thread, (_MAIN_INTERPRETER,)), itertools.repeat(0)), _next_thread
+        states = accumulate(
+            chain(map(_newest_thread, (_MAIN_INTERPRETER,)), repeat(0)), _next_thread
         )
-        addresses = map(operator.add, itertools.takewhile(bool, states), itertools.repeat(offset))
+        addresses = map(operator.add, takewhile(bool, states), repeat(offset))
         return map(operator.attrgetter("value"), map(ctypes.c_void_p.from_address, addresses))
 
-    return map(_increment_reference, itertools.chain(*map(owned, _OWNED)))
+    return map(_increment_reference, chain(*map(owned, _OWNED)))
 
 
 def _streams() -> tuple[Any, ...]:
@@ -1179,7 +1177,7 @@ _resting: dict[str, tuple[int, ...]] = {}  # the user's thresholds, while there 
 def _rest_collector(call: int) -> None:
     _rebuilding.add(call)
     # Asking and keeping is one step: another thread may be doing the same, or just be putting them back.
-    any(map(_resting.setdefault, ("thresholds",), itertools.starmap(gc.get_threshold, ((),))))
+    any(map(_resting.setdefault, ("thresholds",), starmap(gc.get_threshold, ((),))))
     gc.set_threshold(0)
 
 
@@ -1192,7 +1190,7 @@ def _wake_collector(call: int | None = None) -> None:
         _resting.clear()  # the result has set its own
     else:
         with contextlib.suppress(KeyError):  # another thread has just done it
-            any(itertools.starmap(gc.set_threshold, map(_resting.pop, ("thresholds",))))
+            any(starmap(gc.set_threshold, map(_resting.pop, ("thresholds",))))
 
 
 # --------------------------------------------------------------------------------------------------------- The child
@@ -1381,7 +1379,7 @@ def _deliver_failure(writer: _Writer, kind: int, what: str, error: BaseException
         pickled = pickle.dumps((error, {}))
         cause = pickled if len(said + pickled) <= _LAST_WORDS_SIZE else cause
     header, words = writer.shared.header, said + cause
-    writer.shared.last_words[: len(words)] = words
+    writer.region[_REGION_SIZE : _REGION_SIZE + len(words)] = words
     header[_KIND], header[_LENGTH] = _UNWRITTEN, len(words)
     header[_PROGRESS] = _DELIVERED
 
@@ -1393,9 +1391,10 @@ def _deliver_failure(writer: _Writer, kind: int, what: str, error: BaseException
 
 _SignalAction = ctypes.c_char * 256  # struct sigaction has 152 bytes in glibc and musl; the handler comes first
 _FAULT_NUMBERS = tuple(map(int, _FAULTS))
-_fault_actions = [_SignalAction() for _ in _FAULTS]  # what libc knows of them, read anew for each call
-_fault_handlers = [ctypes.c_void_p.from_buffer(action) for action in _fault_actions]
-_value_of = operator.attrgetter("value")
+_action_memory = bytearray(256 * len(_FAULTS))
+# What libc knows of them, read anew for each call, and the addresses of the handlers in there.
+_fault_actions = [_SignalAction.from_buffer(_action_memory, 256 * index) for index in range(len(_FAULTS))]
+_fault_handlers = memoryview(_action_memory).cast("P")[:: 256 // struct.calcsize("P")]
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 
@@ -1416,11 +1415,11 @@ class _StackReports:
             _raise_if_from_handler(error)
             return
         enable = _step(faulthandler.enable, bulk, True, *_WITHOUT_C_STACK)
-        any(map(_libc_sigaction, _FAULT_NUMBERS, itertools.repeat(None), _fault_actions))
-        if faulthandler.is_enabled() or any(map(_value_of, _fault_handlers)):
+        any(map(_libc_sigaction, _FAULT_NUMBERS, repeat(None), _fault_actions))
+        if faulthandler.is_enabled() or any(_fault_handlers):
             self.in_child.append(enable)
             for number, action, handler in zip(_FAULT_NUMBERS, _fault_actions, _fault_handlers):
-                if handler.value:
+                if handler:
                     self.in_child.append(_step(_libc_sigaction, number, _SignalAction(*action), None))
         else:
             self.before.append(enable)
@@ -1521,17 +1520,13 @@ def _in_few_words(frames: list[traceback.FrameSummary]) -> str:
 
 # The names are interned, so their addresses stay. Before 3.11 a handler may raise at the first instruction of an
 # except, where nothing catches it: hence run_guarded.
-_CHILD_STEPS = [ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))]
-_CHILD_STEPS.append(ctypes.c_void_p(id("deliver")))
+_RUN = ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))
+_DELIVER = ctypes.c_void_p(id("deliver"))
+_freeze, _chained = gc.freeze, chain.from_iterable
 
 
-class _Ending(ctypes.Structure):
-    """What wait4 fills in: the status and a struct rusage."""
-
-    _fields_ = [("status", ctypes.c_int), ("usage", ctypes.c_long * 32)]
-
-
-_USAGE_AT = _Ending.usage.offset
+_Ending = ctypes.c_int * 80  # what wait4 fills in: the status and, behind two of these, a struct rusage
+_USAGE_AT = 8
 
 
 class _Process:
@@ -1546,7 +1541,7 @@ class _Process:
         self.opened: list[int] = []  # a file of the child's in /proc
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
-        self.ending = _Ending(-1)
+        self.ending = _Ending()
 
     @property
     def pid(self) -> int:
@@ -1554,12 +1549,12 @@ class _Process:
 
     def reap(self, options: int = os.WNOHANG) -> bool:
         """Look whether the child is gone, or, without WNOHANG among the options, wait until it is."""
-        if self.pid in self.waited and not os.WIFSTOPPED(self.ending.status):
+        if self.waited and self.pid in self.waited and not os.WIFSTOPPED(self.ending[0]):
             self.gone = True
         wait4 = _libc_wait4_nohang if options else _libc_wait4
         while not self.gone:
             pid = wait4(self.pids[0], ctypes.byref(self.ending), options, ctypes.byref(self.ending, _USAGE_AT))
-            if pid > 0 and os.WIFSTOPPED(self.ending.status):  # it asked to be traced, and would wait for ever
+            if pid > 0 and os.WIFSTOPPED(self.ending[0]):  # it asked to be traced, and would wait for ever
                 self.send(signal.SIGKILL)
             elif pid > 0:
                 self.gone = True
@@ -1600,7 +1595,7 @@ class _Process:
         wait = _step(_libc_wait4, self.pid, ctypes.byref(self.ending), 0, ctypes.byref(self.ending, _USAGE_AT))
         unblock = _step(_libc_sigmask, _SIG_SETMASK, mask, None)
         try:
-            self.waited.extend(itertools.chain(block, signalling, wait, unblock))
+            self.waited.extend(chain(block, signalling, wait, unblock))
         finally:
             any(unblock)  # where it could not be sent
 
@@ -1618,18 +1613,11 @@ class _Process:
                 raise
         self.reap(0)
 
-    def end(self) -> None:
-        """Leave nothing of it behind; a second call goes on where the first was cut short."""
-        if not self.gone and self.pid > 0:
-            self.kill()
-        _drain(self.opened, _libc_close)
-        _drain(self.watch, _libc_close)
-
     def costs(self) -> dict[str, Any]:
         """What the child used, as the attributes of an error."""
         costs: dict[str, Any] = {"pid": self.pid if self.pid > 0 else None, "peak_memory": None, "cpu_time": None}
         if self.gone and self.wait_error is None and self.pid > 0 and _USAGE_IS_KNOWN:
-            user, user_us, system, system_us, peak = self.ending.usage[:5]
+            user, user_us, system, system_us, peak = struct.unpack_from("5l", self.ending, _USAGE_AT)
             micro = (user_us & 0xFFFFFFFF) + (system_us & 0xFFFFFFFF)  # of macOS, whose upper half is anything
             costs.update(peak_memory=peak * _PEAK_UNIT, cpu_time=user + system + micro / 1e6)
         return costs
@@ -1647,7 +1635,7 @@ def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, t
     """
     step = _step
     before = [step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask)]
-    in_child = [step(gc.freeze)]
+    in_child = [step(_freeze)]
     if _REPORTS_PROPERTIES:
         in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
     after = [*reports.after, step(_libc_sigmask, _SIG_SETMASK, mask, None)]
@@ -1655,13 +1643,13 @@ def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, t
         before.append(step(_imp.acquire_lock))  # the repair makes it anew
         in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]  # type: ignore
         after.insert(0, step(_imp.release_lock))
-    run, deliver = ((_has_attribute, ctypes.c_void_p(id(child)), name) for name in _CHILD_STEPS)
-    life = [step(*run), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None), *(step(*deliver) for _ in range(3))]
+    address = ctypes.c_void_p(id(child))
+    life = [step(_has_attribute, address, _RUN), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None)]
+    life.append(starmap(_has_attribute, repeat((address, _DELIVER), 3)))
     steps = [*before, *reports.before, step(_libc_fork), *in_child, *reports.in_child, *life, step(_libc_exit, 1)]
     process.steps = steps, after, child
-    chain = itertools.chain.from_iterable
     try:
-        process.pids.extend(itertools.chain(itertools.islice(filter(None, chain(steps)), 1), chain(after)))
+        process.pids.extend(chain(islice(filter(None, _chained(steps)), 1), _chained(after)))
     finally:
         if not process.pids:  # a step before the fork raised
             for undo in after:
@@ -1674,7 +1662,7 @@ def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, t
 
 def _watch_end(process: _Process) -> None:
     """Get a descriptor that becomes readable when the child ends, where the system has such a thing."""
-    with _tolerating(OSError):  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
+    try:
         if _pidfd_open:
             _keep(process.watch, _pidfd_open, process.pids[0], 0)
             if process.watch[0] < 0:
@@ -1685,6 +1673,8 @@ def _watch_end(process: _Process) -> None:
                 flags = kqueue.KQ_EV_ADD | kqueue.KQ_EV_ONESHOT
                 queue.control([kqueue.kevent(process.pid, kqueue.KQ_FILTER_PROC, flags, kqueue.KQ_NOTE_EXIT)], 0)
                 _keep(process.watch, os.dup, queue.fileno())
+    except OSError as error:  # no descriptor is free, a sandbox forbids it, or the kernel does not know it
+        _raise_if_from_handler(error)
 
 
 def _offer_to_the_kernel(process: _Process) -> None:
@@ -1719,6 +1709,7 @@ class _Call:
     report_at = _REPORT_AT
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
     received = 0  # bytes of the result
+    looks: Any = None  # from start on: see look_at_intervals
     hurried = False  # whether a generator's last item came just now
 
     def __init__(
@@ -1734,7 +1725,7 @@ class _Call:
 
     def restart_clock(self) -> None:
         self.started = _clock()
-        self.deadline = math.inf if self.timeout is None else self.started + self.timeout
+        self.deadline = inf if self.timeout is None else self.started + self.timeout
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function, or ``run`` with the function as its first argument."""
@@ -1746,7 +1737,7 @@ class _Call:
         except (OSError, MemoryError) as error:
             _raise_if_from_handler(error)
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
-        writer = _Writer(shared, self.parent, publishes=not self.sends)
+        writer = _Writer(shared, self.parent, not self.sends)
         function = self.function
         if self.sends:
             run = _ItemSender(writer).send_all
@@ -1820,17 +1811,20 @@ class _Call:
 
     def give_back(self) -> bool:
         """Leave nothing behind; a second call goes on where the first was cut short, a third does nothing."""
-        if self.ended or _getpid() != self.parent:  # a child has no business with its parent's other calls
+        if self.ended:
             return False
+        process = self.process
         try:
-            self.process.end()
+            if not process.gone and process.pid > 0:
+                process.kill()
+            _drain(process.opened, _libc_close)
+            _drain(process.watch, _libc_close)
         finally:
             if _rebuilding:
                 _wake_collector(id(self))
             self.shared.release()
             _in_flight.pop(id(self), None)
-        # A generator that looks refers to this call, and the steps to its arguments.
-        self.rebuilt, self.looks, self.process.steps = None, iter(()), ()
+        self.rebuilt = self.looks = None  # which refer to this call
         self.ended = True
         return True
 
@@ -1915,14 +1909,15 @@ def _sleep(call: _Call, seconds: float) -> None:
         time.sleep(_NAP)
         if call.shared.read_counter():
             return
-    poll = getattr(select, "poll", None)  # eventlet takes it away, and lets others run in select
-    if poll is None:
+    poller = None
+    try:
+        poller = select.poll()
+    except AttributeError:  # eventlet takes it away, and lets others run in select
         select.select([*process.watch, *counter[:1]], [], [], seconds)
-    elif not process.watch and call.timeout is None and not call.sends and "gevent" not in sys.modules:
+    if poller and not process.watch and call.timeout is None and not call.sends and "gevent" not in sys.modules:
         _offer_to_the_kernel(process)
         process.reap(0)
-    else:
-        poller = poll()
+    elif poller:
         for descriptor in (*process.watch, *counter[:1]):
             poller.register(descriptor, select.POLLIN)
         ready = poller.poll(seconds * 1000)
@@ -2079,10 +2074,10 @@ def _outcome(call: _Call) -> Any:
         _raise_delivered(call, kind, count, start, start + length)
     call.received = length
     try:
-        if isinstance(call.rebuilt, list):
-            return call.rebuilt.pop()
         if call.rebuilt is not None:
-            raise call.rebuilt
+            if isinstance(call.rebuilt, Exception):
+                raise call.rebuilt
+            return call.rebuilt.pop()
         if not count and start + length <= _REGION_SIZE:
             return pickle.loads(call.shared.region[start : start + length])
         _rest_collector(id(call))
@@ -2105,7 +2100,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
     unpickler: Any = None
     try:
         if kind == _UNWRITTEN:
-            unpickler = pickle.Unpickler(io.BytesIO(call.shared.last_words[: end - start]))
+            unpickler = pickle.Unpickler(io.BytesIO(call.shared.region[_REGION_SIZE + start : _REGION_SIZE + end]))
         else:
             reader = _Reader(call.shared, start, lambda position: max(end, position))
             unpickler = reader.unpickler(reader.take_buffers(count, end))
@@ -2132,7 +2127,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
 
 def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
-    name, process, status = _name(call.function), call.process, call.process.ending.status
+    name, process, status = _name(call.function), call.process, call.process.ending[0]
     where = report = ""
     details: dict[str, Any] = {}
     if process.wait_error is None and os.WIFSIGNALED(status):
@@ -2168,7 +2163,7 @@ def _ending(call: _Call, progress: int, details: dict[str, Any], where: str) -> 
             ending += ", most likely by the kernel because memory ran out, the machine's or a container's"
             ending += f" (its peak was {peak / 2**20:.0f} MiB)" if peak else ""
     else:
-        details["exit_status"] = os.WEXITSTATUS(process.ending.status)
+        details["exit_status"] = os.WEXITSTATUS(process.ending[0])
         ending = f"it ended with status {details['exit_status']}"
     if progress == _NOT_STARTED:
         message = f"the child did not reach {name}: {ending}; it is safe to retry"
@@ -2211,7 +2206,7 @@ def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gene
     with call, call, call, call, call:
         items = _Items(call)
         call.start(args, kwargs)
-        for seconds in itertools.chain(call.looks, (0,)):  # once more when the child is gone
+        for seconds in chain(call.looks, (0,)):  # once more when the child is gone
             _sleep(call, seconds)
             yield from items.published()
         return _outcome(call)
@@ -2223,7 +2218,7 @@ async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, A
     with call, call, call, call, call:
         items = _Items(call)
         call.start(args, kwargs)
-        for seconds in itertools.chain(call.looks, (0,)):  # once more when the child is gone
+        for seconds in chain(call.looks, (0,)):  # once more when the child is gone
             await _sleep_async(call, seconds)
             for item in items.published():
                 yield item
@@ -2295,10 +2290,10 @@ def _kind_of(function: Any) -> str:
     """Whether it is a generator function, an asynchronous one, or neither; partials and methods are looked through."""
     if not callable(function):
         raise TypeError(f"expected a callable, not {type(function).__name__}")
-    while type(function) is not types.FunctionType:
+    while type(function) is not FunctionType:
         if type(function) is functools.partial:
             function = function.func  # pyright: ignore[reportFunctionMemberAccess]
-        elif type(function) is types.MethodType:
+        elif type(function) is MethodType:
             function = function.__func__  # pyright: ignore[reportFunctionMemberAccess]
         else:
             return ""
@@ -2377,8 +2372,8 @@ def _check_limits(timeout: Any, memory_limit: Any) -> None:
         try:
             seconds = float(timeout)
         except OverflowError:
-            seconds = math.inf
-        if not 0 < seconds < math.inf:
+            seconds = inf
+        if not 0 < seconds < inf:
             raise ValueError("timeout must be positive and finite; None means no limit")
     if memory_limit is not None:
         if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
