@@ -367,10 +367,10 @@ _MAPPED = 256 * 1024  # bytes from which on one is mapped; a process may have 65
 _READ_AHEAD = 1 << 18  # bytes that the parent reads at a time
 _PIECE = 4 << 20  # bytes that are written, then published, at a time
 _NAP = 50e-6  # seconds that small items of a generator are let come together
-_MOST_AHEAD = 64 << 20  # bytes that a generator's child may be ahead of its reader, or one item if that is larger
+_RING = 64 << 20  # bytes that a generator's child may be ahead of its reader
 _WORD = struct.Struct("=Q")
 _ITEM = struct.Struct("=QQ")  # goes before each item of a generator: length of its stream, number of its buffers
-_AT_THE_START = 2**64 - 1  # instead of that number: the next item is there
+_NOT_YET = object()
 
 # How far the child came. Not small numbers, so that hardly a stray write is taken for one of them.
 _NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartrunning!returneddelivers")
@@ -610,88 +610,60 @@ def _counter_if_still_ours(descriptors: list[int]) -> int:
 
 
 class _ItemSender:
-    """A generator's child writes item after item to the bulk, with its buffers, and publishes it when it is whole.
+    """A generator's child writes its items through the start of the bulk, which is a ring: a pipe that holds much.
 
-    The bulk is a ring: an item that does not fit before its end goes to its start, whose pages are there already. The
-    counters run on, what was left out at the end included.
+    Each item is a header, its pickle with a table of its buffers' lengths at the end, and those buffers. The counters
+    run on: of what is in the ring, the next byte to write is at ``sent % _RING``.
     """
 
     def __init__(self, writer: _Writer) -> None:
-        self.writer = writer
-        self.place = 0  # where the next item goes
-        self.extent = 0  # the end of all that was ever written
-        self.sent = self.taken = 0  # bytes, as the parent counts them
+        self.writer, self.room = writer, writer.shared.room[0]
+        self.sent = self.taken = 0  # bytes
+        writer.bulk, writer.counter = writer.shared.bulk[0], writer.shared.counter[-1]
 
     def send(self, item: Any) -> None:
-        writer, place = self.writer, self.place
-        buffers = writer.buffers = []
+        buffers = self.writer.buffers = []
         try:
-            stream = pickle.dumps(item, 5, buffer_callback=writer.keep_out_of_band)
+            stream = pickle.dumps(item, 5, buffer_callback=self.writer.keep_out_of_band)
         except Exception as error:
             raise _UnpicklableItem(type(item).__qualname__) from error
-        large: list[memoryview] = []
         if buffers:
-            stream += b"".join(view for view in buffers if view.nbytes < _OUT_OF_BAND)
             stream += struct.pack(f"={len(buffers)}Q", *[view.nbytes for view in buffers])
-            large += [view for view in buffers if view.nbytes >= _OUT_OF_BAND]
-        size = _ITEM.size + len(stream)
-        most = size + sum([view.nbytes + 2 * _PAGE for view in large])
+        header = _ITEM.pack(len(stream), len(buffers))
+        parts: list[Any] = [header + stream] if len(stream) < _OUT_OF_BAND else [header, stream]
         try:
-            if place + most > _MOST_AHEAD or self.sent + most - self.taken > _MOST_AHEAD:
-                place = self.find_room(most)
-            end = place + size
-            written = _pwritev(writer.bulk, (_ITEM.pack(len(stream), len(buffers)), stream), place)
-            if written < size:  # some systems refuse to write 2 GiB at once
-                writer.write_bulk(place + written, memoryview(stream)[written - _ITEM.size :])
-            if large:
-                *offsets, end = _offsets(end, [view.nbytes for view in large])
-                for offset, view in zip(offsets, large):
-                    writer.write_bulk(offset, view)
-            _write(writer.counter, _WORD.pack(end - place))
-            self.sent += end - place
+            for part in (*parts, *buffers):
+                self.write(memoryview(part))
         except OSError:
-            writer.failed = True
+            self.writer.failed, self.writer.bulk = True, -1  # the callable may have closed it
             raise
-        self.place = end
 
-    def find_room(self, size: int) -> int:
-        """Wait until the parent has taken enough; return where an item of this size goes."""
-        place, writer = self.place, self.writer
-        if place + size > _MOST_AHEAD and place > 0:
-            left_out = max(_MOST_AHEAD - place, 0)
-            self.wait_for_room(left_out)  # the mark, too, must not hit an item that was not taken
-            if left_out >= _ITEM.size:
-                place += _pwritev(writer.bulk, (_ITEM.pack(0, _AT_THE_START),), place)
-            _write(writer.counter, _WORD.pack(left_out))
-            self.sent += left_out
-            self.extent, place = max(self.extent, place), 0
-        self.wait_for_room(size)
-        return place
-
-    def wait_for_room(self, size: int) -> None:
-        while self.sent - self.taken > max(_MOST_AHEAD - size, 0):
-            told = _read(self.writer.shared.room[0], 4096)
-            self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
+    def write(self, data: memoryview) -> None:
+        while data:
+            place = self.sent % _RING
+            room = min(_RING - self.sent + self.taken, _RING - place, _PIECE)
+            if room == 0:
+                told = _read(self.room, 4096)  # waits
+                self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
+                continue
+            written = os.pwrite(self.writer.bulk, data[:room], place)
+            _write(self.writer.counter, _WORD.pack(written))
+            self.sent += written
+            data = data[written:]
+            # The outcome goes behind the items, for the parent may not have taken the last.
+            self.writer.start = self.writer.position = _REGION_SIZE + min(self.sent, _RING)
 
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a generator function of either kind to its end in the child; return what it returns."""
-        writer = self.writer
-        writer.bulk, writer.counter = writer.shared.bulk[0], writer.shared.counter[-1]
-        try:
-            items = function(*args, **kwargs)
-            if isinstance(items, types.AsyncGeneratorType):
-                return _run_coroutine(self.send_async, items)
-            while True:
-                try:
-                    item = next(items)
-                except StopIteration as stop:
-                    return stop.value
-                self.send(item)
-        finally:
-            # What comes after the items goes behind them all: the parent may not have taken the last.
-            writer.start = writer.position = _REGION_SIZE + max(self.extent, self.place)
-            if writer.failed:
-                writer.bulk = -1  # the callable may have closed it
+        items = function(*args, **kwargs)
+        if isinstance(items, types.AsyncGeneratorType):
+            return _run_coroutine(self.send_async, items)
+        while True:
+            try:
+                item = next(items)
+            except StopIteration as stop:
+                return stop.value
+            self.send(item)
 
     async def send_async(self, items: AsyncIterator[Any]) -> None:
         async for item in items:
@@ -738,18 +710,15 @@ class _Reader(io.RawIOBase):
         _read_stream(self.shared, self.position, rest)
         self.loaded = rest
 
-    def take_buffers(self, count: int, end: int, alone: bool = True) -> list[Any]:
-        """All buffers of a stream, each in memory of its own that nobody else can change.
-
-        Where the bulk holds nothing else that is wanted, its largest buffer stays where it is, and is mapped.
-        """
+    def take_buffers(self, count: int, end: int) -> list[Any]:
+        """All buffers of a stream, each in memory of its own that nobody else can change; the largest is mapped."""
         shared, table = self.shared, memoryview(bytearray(8 * count))
         _read_stream(shared, end - len(table), table)
         lengths = table.cast("Q").tolist()
         small = sum(length for length in lengths if length < _OUT_OF_BAND)
         place = end - len(table) - small
         offsets = iter(_offsets(max(end - _REGION_SIZE, 0), [size for size in lengths if size >= _OUT_OF_BAND]))
-        mapped = lengths.index(max(lengths)) if alone and max(lengths, default=0) >= _MAPPED else -1
+        mapped = lengths.index(max(lengths)) if max(lengths, default=0) >= _MAPPED else -1
         memory: list[Any] = []
         for number, length in enumerate(lengths):
             offset = next(offsets) if length >= _OUT_OF_BAND else place
@@ -1035,9 +1004,7 @@ def _keep_what_threads_own() -> Iterator[Any]:
     """
 
     def owned(offset: int) -> Iterator[Any]:
-        states = accumulate(
-            chain(map(_newest_thread, (_MAIN_INTERPRETER,)), repeat(0)), _next_thread
-        )
+        states = accumulate(chain(map(_newest_thread, (_MAIN_INTERPRETER,)), repeat(0)), _next_thread)
         addresses = map(operator.add, takewhile(bool, states), repeat(offset))
         return map(operator.attrgetter("value"), map(ctypes.c_void_p.from_address, addresses))
 
@@ -1139,16 +1106,12 @@ def _leave_event_loop() -> None:
         asyncio._set_running_loop(None)
 
 
-_left_hubs: list[Any] = []  # those of the parent: a greenlet that is freed would run its ``finally``
-
-
 def _leave_hubs() -> None:
     """Let the callable wait under gevent or eventlet without running the parent's other greenlets."""
     local: Any = sys.modules.get("gevent._hub_local")
     hub = local.get_hub_if_exists() if hasattr(local, "set_hub") else None
     if hub is not None:
         loop = hub.loop
-        _left_hubs.append((hub, loop))
         local.set_hub(None)
         local.set_loop(None)
         if loop.default:  # all default loops are one struct of C, timers included; only they can watch subprocesses
@@ -1159,7 +1122,6 @@ def _leave_hubs() -> None:
         hub.switch = _refuse_hub
     local = getattr(sys.modules.get("eventlet.hubs"), "_threadlocal", None)
     if hasattr(local, "hub"):
-        _left_hubs.append(local.hub)
         del local.hub
 
 
@@ -1989,76 +1951,94 @@ def _read_along(call: _Call) -> None:
         call.rebuilt = error
 
 
-class _Items:
-    """The items of a generator, as they come."""
+class _ItemReceiver:
+    """The parent's end of the ring."""
 
     def __init__(self, call: _Call) -> None:
         self.call, self.shared = call, call.shared
-        self.place = 0  # where the next item is in the bulk
-        self.taken = self.untold = 0  # bytes, as the child counts them; and those of them that it does not know of
-        self.shared.freed = sys.maxsize  # nothing is given back: the child writes there again
+        self.taken = self.untold = 0  # bytes, and those of them that the child does not know of
+        self.chunk = memoryview(b"")  # what was read ahead
         self.stay_in_this_process()
         call.restart_clock()
 
-    def published(self) -> Iterator[Any]:
-        """Rebuild what the child has published, each item when it is asked for."""
-        shared, call = self.shared, self.call
-        if self.untold:
-            self.tell()
-        while self.taken < shared.published:
-            place, rest = self.place, max(_MOST_AHEAD - self.place, 0)
-            many = min(shared.published - self.taken, _READ_AHEAD, rest)
-            chunk = memoryview(os.pread(shared.bulk[0], many, place))
-            used = count = 0
-            while used + _ITEM.size <= len(chunk) and _getpid() == call.parent:
-                length, count = _ITEM.unpack_from(chunk, used)
-                start, end = used + _ITEM.size, used + _ITEM.size + length
-                if count or end > len(chunk):
-                    break
-                used = end
-                yield self.rebuild(pickle.loads, chunk[start:end])
-            self.place += used
-            if len(chunk) < _ITEM.size or count == _AT_THE_START and not used:
-                self.place, used = 0, rest
-            elif not used:
-                yield self.rebuild(self.load, place)
-                used = self.place - place
-                _punch(shared.bulk[0], _MOST_AHEAD, self.place)  # of one that was larger than the ring
+    def published(self, items: Iterator[Any]) -> Iterator[Any]:
+        """Those items that are there already."""
+        while True:
             self.stay_in_this_process()
-            self.taken += used
-            self.tell(used)
-            call.restart_clock()
-
-    def tell(self, taken: int = 0) -> None:
-        """Let the child go on."""
-        self.untold += taken
-        with contextlib.suppress(BlockingIOError):  # a socket that is full: it will be told later
-            _write(self.shared.room[-1], _WORD.pack(self.untold))
-            self.untold = 0
+            item = next(items)
+            if item is _NOT_YET:
+                return
+            yield item
 
     def stay_in_this_process(self) -> None:
         if _getpid() != self.call.parent:
             raise RuntimeError("this iterator belongs to the process that made it")
 
-    def rebuild(self, load: Callable[[Any], Any], source: Any) -> Any:
+    def items(self) -> Iterator[Any]:
+        """Rebuild each item when it is asked for; yield ``_NOT_YET`` while there is nothing more to read."""
+        while True:
+            chunk, end = self.chunk, 0
+            while end + _ITEM.size <= len(chunk):
+                start = end + _ITEM.size
+                length, count = _ITEM.unpack_from(chunk, end)
+                if count or start + length > len(chunk):
+                    break
+                end = start + length
+                yield self.rebuild(chunk[start:end], ())
+            self.chunk = chunk[end:]
+            self.call.restart_clock()
+            if not self.chunk:
+                many = yield from self.wait()
+                self.chunk = memoryview(self.read(bytearray(min(many, _READ_AHEAD))))
+                continue
+            # One that has buffers, or that is not whole in what was read.
+            length, count = _ITEM.unpack((yield from self.take(bytearray(_ITEM.size))))
+            stream = yield from self.take(bytearray(length))
+            buffers = []
+            for size in stream[length - 8 * count :].cast("Q"):
+                memory = bytearray(size) if size < _OUT_OF_BAND else _private_memory(size)
+                buffers.append((yield from self.take(memory)))
+            yield self.rebuild(stream, buffers)
+
+    def wait(self) -> Generator[Any, None, int]:
+        """Wait until there is something to read; return how many bytes in one piece."""
+        while self.taken >= self.shared.published:
+            if self.untold:
+                self.tell()
+            yield _NOT_YET
+        return min(self.shared.published - self.taken, _RING - self.taken % _RING)
+
+    def take(self, memory: Any) -> Generator[Any, None, memoryview]:
+        """Fill memory with what comes next; return a view of it."""
+        view = memoryview(memory)
+        done = min(len(view), len(self.chunk))
+        view[:done], self.chunk = self.chunk[:done], self.chunk[done:]
+        while done < len(view):
+            many = yield from self.wait()
+            done += len(self.read(view[done : done + many]))
+        return view
+
+    def read(self, memory: Any) -> Any:
+        if os.preadv(self.shared.bulk[0], [memory], self.taken % _RING) < len(memory):
+            raise self.call.error(DeserializationError, "the items were cut short")
+        self.taken += len(memory)
+        self.untold += len(memory)
+        self.tell()
+        return memory
+
+    def tell(self) -> None:
+        """Let the child go on."""
+        with contextlib.suppress(BlockingIOError):  # a socket that is full: it will be told later
+            _write(self.shared.room[-1], _WORD.pack(self.untold))
+            self.untold = 0
+
+    def rebuild(self, stream: memoryview, buffers: Iterable[Any]) -> Any:
         try:
-            return load(source)
+            return pickle.loads(stream, buffers=buffers)
         except Exception as error:
             _raise_if_from_handler(error)
             message = f"{_name(self.call.function)} yielded an item, but rebuilding it raised {_say(error)}"
             raise self.call.error(DeserializationError, message) from error
-
-    def load(self, offset: int) -> Any:
-        """Rebuild an item that has buffers, or that is large."""
-        length, count = _ITEM.unpack(os.pread(self.shared.bulk[0], _ITEM.size, offset))
-        start = _REGION_SIZE + offset + _ITEM.size
-        end = start + length
-        reader = _Reader(self.shared, start, lambda position: max(end, position))
-        table = memoryview(bytearray(8 * count))
-        _read_stream(self.shared, end - len(table), table)
-        large = [size for size in table.cast("Q").tolist() if size >= _OUT_OF_BAND]
-        self.place = list(_offsets(end - _REGION_SIZE, large))[-1] if large else end - _REGION_SIZE
-        return reader.unpickler(reader.take_buffers(count, end, alone=False)).load()
 
 
 # ------------------------------------------------------------------------------------------ The outcome, in the parent
@@ -2204,11 +2184,12 @@ async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[Any, None, Any]:
     __tracebackhide__ = True
     with call, call, call, call, call:
-        items = _Items(call)
+        receiver = _ItemReceiver(call)
+        items = receiver.items()
         call.start(args, kwargs)
         for seconds in chain(call.looks, (0,)):  # once more when the child is gone
             _sleep(call, seconds)
-            yield from items.published()
+            yield from receiver.published(items)
         return _outcome(call)
 
 
@@ -2216,11 +2197,12 @@ async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, A
     __tracebackhide__ = True
     _need_loop()
     with call, call, call, call, call:
-        items = _Items(call)
+        receiver = _ItemReceiver(call)
+        items = receiver.items()
         call.start(args, kwargs)
         for seconds in chain(call.looks, (0,)):  # once more when the child is gone
             await _sleep_async(call, seconds)
-            for item in items.published():
+            for item in receiver.published(items):
                 yield item
         _outcome(call)
 
