@@ -1661,7 +1661,7 @@ _in_flight: dict[int, _Shared] = {}  # of all calls: a child closes those of oth
 
 
 class _Call:
-    """One isolated call: ``start`` it, sleep while it ``looks`` at the child, take its ``_outcome``.
+    """One isolated call: ``start`` it, sleep between each ``look`` at the child, take its ``_outcome``.
 
     As a context manager it gives back all that it holds, however the call went. A signal handler may raise on the
     way into an exit, so a call is entered five times: in storms of them, three exits were missed once in 3,000 calls.
@@ -1671,7 +1671,7 @@ class _Call:
     report_at = _REPORT_AT
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
     received = 0  # bytes of the result
-    looks: Any = None  # from start on: see look_at_intervals
+    looks = 0
     hurried = False  # whether a generator's last item came just now
 
     def __init__(
@@ -1717,37 +1717,37 @@ class _Call:
         if _MADV_DONTFORK and (threads or run is not None):
             # A later child, forked while this one runs, does not get this region to scribble on.
             _libc_madvise_quick(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
-        self.looks = self.look_at_intervals()
 
-    def look_at_intervals(self) -> Iterator[float]:
-        """Look at the child and yield the seconds until the next look, until it is gone; at the deadline, kill it.
+    def look(self) -> float | None:
+        """Look at the child: return the seconds until the next look, or None when it is gone; at the deadline, kill it.
 
         Where the end of the child wakes us, it is a second: a signal that comes just before the sleep does not end
         it, and its handler, which may raise, is to run soon all the same. The first is shorter: only a child that
         lives longer is worth what it costs to offer it to the kernel.
         """
         process = self.process
-        looks = 0
-        while not process.reap():
-            left = self.deadline - _clock()
-            if looks == 1:
-                _offer_to_the_kernel(process)
-            if left > 0:
-                if process.watch:
-                    longest = 1.0 if looks else 0.01
-                else:
-                    longest = 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
-                yield longest if longest < left else left
-            elif not process.expired and self.reports.timeout_signal:
-                process.expired = True
-                self.deadline = _clock() + 0.1  # time for the child to say where it is
-                self.report_at = os.lseek(self.shared.bulk[0], 0, os.SEEK_CUR)
-                with _tolerating(PermissionError):
-                    process.send(self.reports.timeout_signal)
+        if process.reap():
+            return None
+        looks, self.looks = self.looks, self.looks + 1
+        if looks == 1:
+            _offer_to_the_kernel(process)
+        left = self.deadline - _clock()
+        if left > 0:
+            if process.watch:
+                longest = 1.0 if looks else 0.01
             else:
-                process.expired = True
-                process.kill()
-            looks += 1
+                longest = 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
+            return longest if longest < left else left
+        if process.expired or not self.reports.timeout_signal:
+            process.expired = True
+            process.kill()
+            return None
+        process.expired = True
+        self.deadline = _clock() + 0.1  # time for the child to say where it is
+        self.report_at = os.lseek(self.shared.bulk[0], 0, os.SEEK_CUR)
+        with _tolerating(PermissionError):
+            process.send(self.reports.timeout_signal)
+        return self.look()
 
     def error(self, kind: type[MemIsolateError], message: str, **details: object) -> MemIsolateError:
         return kind(message, **details, **self.process.costs())
@@ -1786,7 +1786,7 @@ class _Call:
                 _wake_collector(id(self))
             self.shared.release()
             _in_flight.pop(id(self), None)
-        self.rebuilt = self.looks = None  # which refer to this call
+        self.rebuilt = None  # an exception refers to this call
         self.ended = True
         return True
 
@@ -1922,7 +1922,7 @@ def _read_along(call: _Call) -> None:
     def more(position: int) -> int:
         """Wait until the stream goes on behind a position; return up to where, or that position itself at its end."""
         while _REGION_SIZE + shared.published <= position:
-            seconds = next(call.looks, None)
+            seconds = call.look()
             if seconds is None:
                 return max(wait_for_end()[1], position)
             _sleep(call, seconds)
@@ -1930,7 +1930,7 @@ def _read_along(call: _Call) -> None:
 
     def wait_for_end() -> tuple[int, int]:
         """Wait until the child is gone; return how many buffers its result has, and where the stream ends."""
-        for seconds in call.looks:
+        for seconds in iter(call.look, None):
             _sleep(call, seconds)
         progress, kind, count, start, length = shared.header.tolist()
         if (progress, kind) != (_DELIVERED, _RESULT):
@@ -2165,7 +2165,7 @@ def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     __tracebackhide__ = True
     with call, call, call, call, call:
         call.start(args, kwargs)
-        for seconds in call.looks:
+        for seconds in iter(call.look, None):
             _sleep(call, seconds)
             _read_along(call)
         return _outcome(call)
@@ -2176,7 +2176,7 @@ async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     _need_loop()
     with call, call, call, call, call:
         call.start(args, kwargs, run=_run_coroutine)
-        for seconds in call.looks:
+        for seconds in iter(call.look, None):
             await _sleep_async(call, seconds)
         return _outcome(call)
 
@@ -2187,7 +2187,7 @@ def _iterate(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gene
         receiver = _ItemReceiver(call)
         items = receiver.items()
         call.start(args, kwargs)
-        for seconds in chain(call.looks, (0,)):  # once more when the child is gone
+        for seconds in chain(iter(call.look, None), (0,)):  # once more when the child is gone
             _sleep(call, seconds)
             yield from receiver.published(items)
         return _outcome(call)
@@ -2200,7 +2200,7 @@ async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, A
         receiver = _ItemReceiver(call)
         items = receiver.items()
         call.start(args, kwargs)
-        for seconds in chain(call.looks, (0,)):  # once more when the child is gone
+        for seconds in chain(iter(call.look, None), (0,)):  # once more when the child is gone
             await _sleep_async(call, seconds)
             for item in receiver.published(items):
                 yield item
