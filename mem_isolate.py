@@ -318,8 +318,8 @@ def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> N
         any(map(function, taken, *map(repeat, arguments)))
 
 
-def _raise_if_from_handler(error: BaseException) -> None:
-    """Raise an error again that a signal handler raised, where only errors of the system are expected.
+def _is_from_handler(error: BaseException) -> bool:
+    """Whether a signal handler raised an error, where only errors of the system are expected.
 
     A handler is known by its argument: a function that was given the very frame that called it.
     """
@@ -330,16 +330,20 @@ def _raise_if_from_handler(error: BaseException) -> None:
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + 1]:  # and that of *args
             value = frame.f_locals.get(name)
             if caller and any(item is caller for item in (value if type(value) is tuple else (value,))):
-                raise error
+                return True
+    return False
 
 
-@contextlib.contextmanager
-def _tolerating(*kinds: type[BaseException]) -> Iterator[None]:
+def _raise_if_from_handler(error: BaseException) -> None:
+    if _is_from_handler(error):
+        raise error
+
+
+class _tolerating(contextlib.suppress):  # no contextmanager: an exception that hits a generator's end is lost
     """Go on behind the block after an error of these kinds, unless a signal handler raised it."""
-    try:
-        yield
-    except kinds as error:
-        _raise_if_from_handler(error)
+
+    def __exit__(self, kind: Any, error: Any, frames: Any) -> bool:
+        return bool(super().__exit__(kind, error, frames)) and not _is_from_handler(error)
 
 
 def _os_error(what: str = "") -> OSError:
@@ -1700,11 +1704,9 @@ class _Call:
             _raise_if_from_handler(error)
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
         writer = _Writer(shared, self.parent, not self.sends)
-        function = self.function
         if self.sends:
             run = _ItemSender(writer).send_all
-        if run is not None:
-            function, args = run, (function, *args)
+        function, args = (run, (self.function, *args)) if run else (self.function, args)
         mask = _SignalSet()
         _libc_sigmask(_SIG_BLOCK, None, mask)
         self.reports = _StackReports(shared.bulk[0], mask, self.timeout is not None)
@@ -1743,10 +1745,7 @@ class _Call:
             process.kill()
             return None
         process.expired = True
-        self.deadline = _clock() + 0.1  # time for the child to say where it is
-        self.report_at = os.lseek(self.shared.bulk[0], 0, os.SEEK_CUR)
-        with _tolerating(PermissionError):
-            process.send(self.reports.timeout_signal)
+        _ask_for_stack(self)
         return self.look()
 
     def error(self, kind: type[MemIsolateError], message: str, **details: object) -> MemIsolateError:
@@ -1789,6 +1788,14 @@ class _Call:
         self.rebuilt = None  # an exception refers to this call
         self.ended = True
         return True
+
+
+def _ask_for_stack(call: _Call) -> None:
+    """Let a child whose time is over say where it is, and end; it gets 0.1 s more for that."""
+    call.deadline = _clock() + 0.1
+    call.report_at = os.lseek(call.shared.bulk[0], 0, os.SEEK_CUR)
+    with _tolerating(PermissionError):
+        call.process.send(call.reports.timeout_signal)
 
 
 def _need_frames(count: int) -> None:
