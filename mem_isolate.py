@@ -213,9 +213,7 @@ class _ChildTraceback(Exception):
 _LINUX = sys.platform.startswith("linux")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_holding_gil = PyDLL(None, use_errno=True)
-_libc_no_errno = PyDLL(
-    None
-)  # likewise, for calls whose errno nobody asks for: to keep it costs page faults in the child
+_libc_no_errno = PyDLL(None)  # likewise, where nobody asks for errno: to keep it costs the child page faults
 _libc_fork = _libc_holding_gil.fork
 _libc_exit = _libc_no_errno._exit
 _libc_close = _libc_no_errno.close
@@ -224,13 +222,9 @@ _libc_sigaction = _libc_no_errno.sigaction
 _libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
 _libc_eventfd = getattr(_libc_holding_gil, "eventfd", None)  # Linux, FreeBSD 13
 _libc_prctl = getattr(_libc_no_errno, "prctl", None)  # Linux has it
-_libc_sigaltstack = (
-    getattr(_libc_no_errno, "sigaltstack", None) if _LINUX else None
-)  # elsewhere stack_t looks different
+_libc_sigaltstack = getattr(_libc_no_errno, "sigaltstack", None) if _LINUX else None  # elsewhere stack_t differs
 _libc_fpending = getattr(_libc_no_errno, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
-_libc_fpurge = getattr(_libc_no_errno, "__fpurge", None) or getattr(
-    _libc_no_errno, "fpurge", None
-)  # the latter on the BSDs
+_libc_fpurge = getattr(_libc_no_errno, "__fpurge", None) or getattr(_libc_no_errno, "fpurge", None)  # or of the BSDs
 
 # Where off_t has two sizes (32-bit glibc), the functions whose names end in 64 take the large one.
 _libc_mmap = getattr(_libc_holding_gil, "mmap64", None) or _libc_holding_gil.mmap
@@ -292,7 +286,6 @@ _pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)
 
 _clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)  # time.monotonic may be replaced by a test suite
 _read, _write = posix.read, posix.write  # eventlet replaces those of os, and lets other greenlets run in them
-_pwritev = os.pwritev
 _getpid, _getppid, _set_wakeup_fd = os.getpid, os.getppid, signal.set_wakeup_fd
 _gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
 _getppid()  # so that the dynamic linker has resolved it, which it would else do in each child
