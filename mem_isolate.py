@@ -389,6 +389,7 @@ class _Shared:
     region: Any = None  # the bytes behind them: the first of the stream, then room for last words
 
     def __init__(self) -> None:
+        self.parent = _getpid()
         # Each is filled and emptied in one step of C, by _keep and _drain.
         self.mapping: list[int] = []  # the address of header, region and last words
         self.bulk: list[int] = []  # a descriptor
@@ -507,19 +508,20 @@ def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
 class _Writer:
     """The child's end of the stream: the file that a pickler writes to."""
 
-    __slots__ = ("shared", "region", "start", "position", "buffers", "failed", "bulk", "counter", "publishes", "parent")
+    __slots__ = ("shared", "region", "start", "position", "buffers", "failed", "bulk", "counter", "untold", "publishes")
 
-    def __init__(self, shared: _Shared, parent: int, publishes: bool = True) -> None:
-        self.shared, self.region, self.parent = shared, shared.region, parent
+    def __init__(self, shared: _Shared, publishes: bool = True) -> None:
+        self.shared, self.region = shared, shared.region
         self.start = self.position = 0
         self.buffers: list[memoryview] = []
         self.failed = False  # which tells a failed write from an object that cannot be pickled
         self.bulk = self.counter = -1  # descriptors of the child's own, once they are needed
+        self.untold = 0  # bytes that were not published yet
         self.publishes = publishes
 
     def after(self) -> _Writer:
         """A writer behind this stream, whose pickling failed: the parent may be reading it, so it stays as it is."""
-        writer = _Writer(self.shared, self.parent, publishes=False)
+        writer = _Writer(self.shared, publishes=False)
         writer.start = writer.position = self.position
         writer.bulk = self.bulk
         return writer
@@ -544,8 +546,11 @@ class _Writer:
             while written < data.nbytes:
                 count = os.pwrite(self.bulk, data[written : written + _PIECE], offset + written)
                 written += count
-                if publish and self.counter >= 0:
-                    _write(self.counter, _WORD.pack(count))
+                self.untold += count
+                # To be woken for less than it reads at a time would cost the parent more than it gains.
+                if publish and self.counter >= 0 and self.untold >= _READ_AHEAD:
+                    _write(self.counter, _WORD.pack(self.untold))
+                    self.untold = 0
         except Exception:
             self.failed = True
             raise
@@ -556,7 +561,7 @@ class _Writer:
         # In the /proc of another pid namespace the parent's number would be somebody else's.
         with contextlib.suppress(OSError):
             if os.readlink("/proc/self") == str(_getpid()):
-                with open(f"/proc/{self.parent}/fd/{number}", "r+b", buffering=0) as file:
+                with open(f"/proc/{self.shared.parent}/fd/{number}", "r+b", buffering=0) as file:
                     number = fcntl.fcntl(file.fileno(), _F_DUPFD_CLOEXEC, 3)  # not as stdout
         found = os.fstat(number)
         if found.st_nlink or number == self.shared.bulk[0] and found.st_size:  # it has no name, and is still empty
@@ -1184,7 +1189,7 @@ class _Child:
     ) -> None:
         self.writer = writer
         dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
-        header, parent = writer.shared.header, writer.parent
+        header, parent = writer.shared.header, writer.shared.parent
         unraisablehook = sys.unraisablehook if _REPORTS_PROPERTIES else None
         self.plan = header, parent, mask, blocked, setup, teardown, function, args, kwargs, writer, dump, unraisablehook
 
@@ -1677,7 +1682,6 @@ class _Call:
         _need_frames(16)
         self.function, self.timeout, self.memory_limit = function, timeout, memory_limit
         self.sends = sends  # items, as a generator function of either kind does
-        self.parent = _getpid()
         self.shared = _Shared()
         self.process = _Process()
         self.restart_clock()
@@ -1696,7 +1700,7 @@ class _Call:
         except (OSError, MemoryError) as error:
             _raise_if_from_handler(error)
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
-        writer = _Writer(shared, self.parent, not self.sends)
+        writer = _Writer(shared, not self.sends)
         if self.sends:
             run = _ItemSender(writer).send_all
         function, args = (run, (self.function, *args)) if run else (self.function, args)
@@ -1971,7 +1975,7 @@ class _ItemReceiver:
             yield item
 
     def stay_in_this_process(self) -> None:
-        if _getpid() != self.call.parent:
+        if _getpid() != self.shared.parent:
             raise RuntimeError("this iterator belongs to the process that made it")
 
     def items(self) -> Iterator[Any]:
@@ -2544,7 +2548,7 @@ def _warm_up() -> None:
     shared.header = memoryview(bytearray(_HEADER_SIZE)).cast("Q")
     shared.region = memoryview(bytearray(_REGION_SIZE))
     for _ in range(16):
-        child = _Child(_Writer(shared, 0), None, None, [], None, _warm_up, (), {})
+        child = _Child(_Writer(shared), None, None, [], None, _warm_up, (), {})
         *_, dump, _ = child.plan
         _deliver_outcome(child.writer, dump, None, None)
 
