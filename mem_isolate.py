@@ -508,7 +508,7 @@ def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
 class _Writer:
     """The child's end of the stream: the file that a pickler writes to."""
 
-    __slots__ = ("shared", "region", "start", "position", "buffers", "failed", "bulk", "counter", "untold", "publishes")
+    __slots__ = ("shared", "region", "start", "position", "buffers", "failed", "bulk", "counter", "publishes")
 
     def __init__(self, shared: _Shared, publishes: bool = True) -> None:
         self.shared, self.region = shared, shared.region
@@ -516,7 +516,6 @@ class _Writer:
         self.buffers: list[memoryview] = []
         self.failed = False  # which tells a failed write from an object that cannot be pickled
         self.bulk = self.counter = -1  # descriptors of the child's own, once they are needed
-        self.untold = 0  # bytes that were not published yet
         self.publishes = publishes
 
     def after(self) -> _Writer:
@@ -546,11 +545,8 @@ class _Writer:
             while written < data.nbytes:
                 count = os.pwrite(self.bulk, data[written : written + _PIECE], offset + written)
                 written += count
-                self.untold += count
-                # To be woken for less than it reads at a time would cost the parent more than it gains.
-                if publish and self.counter >= 0 and self.untold >= _READ_AHEAD:
-                    _write(self.counter, _WORD.pack(self.untold))
-                    self.untold = 0
+                if publish and self.counter >= 0:
+                    _write(self.counter, _WORD.pack(count))
         except Exception:
             self.failed = True
             raise
