@@ -274,8 +274,9 @@ _FAULTS = {  # what faulthandler reports, and its words for it
     Signals.SIGILL: "Illegal instruction",
     Signals.SIGABRT: "Aborted",
 }
-_SignalSet = ctypes.c_char * 128  # sigset_t has 128 bytes in glibc and musl, fewer elsewhere
-_ALL_BUT_FAULTS = _SignalSet()  # all but faults: one that is blocked kills without running the handler that tells where
+_Words = ctypes.c_int * 80  # room for a sigset_t (128 bytes in glibc and musl) or for what wait4 fills in
+_STATUS, _USAGE_AT = 0, 8  # of the latter: the index of the status, the offset of a struct rusage
+_ALL_BUT_FAULTS = _Words()  # all but faults: one that is blocked kills without running the handler that tells where
 _libc.sigfillset(_ALL_BUT_FAULTS)
 for _fault in _FAULTS:
     _libc.sigdelset(_ALL_BUT_FAULTS, int(_fault))
@@ -1396,7 +1397,7 @@ class _StackReports:
         for number in range(getattr(signal, "SIGRTMIN", 0), getattr(signal, "SIGRTMAX", -1) + 1):
             if not _handler_of(number) and not _libc_no_errno.sigismember(mask, number):
                 self.timeout_signal = number
-                self.blocked = _SignalSet.from_buffer_copy(_ALL_BUT_FAULTS)
+                self.blocked = _Words.from_buffer_copy(_ALL_BUT_FAULTS)
                 _libc_no_errno.sigdelset(self.blocked, number)
                 self.before.append(_step(faulthandler.register, number, bulk, True, True))
                 self.after.append(_step(faulthandler.unregister, number))
@@ -1485,10 +1486,6 @@ _DELIVER = ctypes.c_void_p(id("deliver"))
 _freeze, _chained = gc.freeze, chain.from_iterable
 
 
-_Ending = ctypes.c_int * 80  # what wait4 fills in: the status and, behind two of these, a struct rusage
-_USAGE_AT = 8
-
-
 class _Process:
     """A child from fork to reaping."""
 
@@ -1501,7 +1498,7 @@ class _Process:
         self.opened: list[int] = []  # a file of the child's in /proc
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
-        self.ending = _Ending()
+        self.ending = _Words()
 
     @property
     def pid(self) -> int:
@@ -1509,12 +1506,12 @@ class _Process:
 
     def reap(self, options: int = os.WNOHANG) -> bool:
         """Look whether the child is gone, or, without WNOHANG among the options, wait until it is."""
-        if self.waited and self.pid in self.waited and not os.WIFSTOPPED(self.ending[0]):
+        if self.waited and self.pid in self.waited and not os.WIFSTOPPED(self.ending[_STATUS]):
             self.gone = True
         wait4 = _libc_wait4_nohang if options else _libc_wait4
         while not self.gone:
             pid = wait4(self.pids[0], ctypes.byref(self.ending), options, ctypes.byref(self.ending, _USAGE_AT))
-            if pid > 0 and os.WIFSTOPPED(self.ending[0]):  # it asked to be traced, and would wait for ever
+            if pid > 0 and os.WIFSTOPPED(self.ending[_STATUS]):  # it asked to be traced, and would wait for ever
                 self.send(signal.SIGKILL)
             elif pid > 0:
                 self.gone = True
@@ -1549,7 +1546,7 @@ class _Process:
 
         A killed child takes a moment to go. Handlers that raise all the time would cut each wait for it short.
         """
-        mask = _SignalSet()
+        mask = _Words()
         _libc_sigmask(_SIG_BLOCK, None, mask)
         block = _step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask)
         wait = _step(_libc_wait4, self.pid, ctypes.byref(self.ending), 0, ctypes.byref(self.ending, _USAGE_AT))
@@ -1700,7 +1697,7 @@ class _Call:
         if self.sends:
             run = _ItemSender(writer).send_all
         function, args = (run, (self.function, *args)) if run else (self.function, args)
-        mask = _SignalSet()
+        mask = _Words()
         _libc_sigmask(_SIG_BLOCK, None, mask)
         self.reports = _StackReports(shared.bulk[0], mask, self.timeout is not None)
         threads = _other_threads()  # as late as can be, since threads of C may come at any moment
@@ -2107,7 +2104,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
 
 def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
-    name, process, status = _name(call.function), call.process, call.process.ending[0]
+    name, process, status = _name(call.function), call.process, call.process.ending[_STATUS]
     where = report = ""
     details: dict[str, Any] = {}
     if process.wait_error is None and os.WIFSIGNALED(status):
@@ -2143,7 +2140,7 @@ def _ending(call: _Call, progress: int, details: dict[str, Any], where: str) -> 
             ending += ", most likely by the kernel because memory ran out, the machine's or a container's"
             ending += f" (its peak was {peak / 2**20:.0f} MiB)" if peak else ""
     else:
-        details["exit_status"] = os.WEXITSTATUS(process.ending[0])
+        details["exit_status"] = os.WEXITSTATUS(process.ending[_STATUS])
         ending = f"it ended with status {details['exit_status']}"
     if progress == _NOT_STARTED:
         message = f"the child did not reach {name}: {ending}; it is safe to retry"
