@@ -1359,49 +1359,43 @@ _fault_handlers = memoryview(_action_memory).cast("P")[:: 256 // struct.calcsize
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 
-class _StackReports:
-    """Steps for the fork, so that the child can say where it crashed or hung, and nobody's handlers are touched."""
+def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> None:
+    """Add steps to the fork, so that the child can say where it crashed or hung; nobody's handlers are touched."""
+    if faulthandler is None or _getrlimit(_LIMIT_OF_FILES)[0] != _UNLIMITED:
+        return  # beyond that limit the child would die of SIGXFSZ instead
+    try:
+        os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
+    except OSError as error:  # the file system knows no files as large as that
+        _raise_if_from_handler(error)
+        return
+    enable = _step(faulthandler.enable, bulk, True, *_WITHOUT_C_STACK)
+    any(map(_libc_sigaction, _FAULT_NUMBERS, repeat(None), _fault_actions))
+    if faulthandler.is_enabled() or any(_fault_handlers):
+        process.in_child.append(enable)
+        for number, action, handler in zip(_FAULT_NUMBERS, _fault_actions, _fault_handlers):
+            if handler:
+                process.in_child.append(_step(_libc_sigaction, number, _SignalAction(*action), None))
+    else:
+        process.before.append(enable)
+        process.after.append(_step(faulthandler.disable))
+    if with_timeout:
+        _let_report_timeouts(process, bulk, mask)
+    if _libc_sigaltstack is not None and _get_ident() != _MAIN_THREAD:
+        # A handler for a stack overflow needs a stack of its own, which faulthandler gives to one thread only.
+        theirs = ctypes.create_string_buffer(3 * ctypes.sizeof(ctypes.c_void_p))
+        process.before.append(_step(_libc_sigaltstack, _alternative_stack(), theirs))
+        process.after.insert(0, _step(_libc_sigaltstack, theirs, None))
 
-    def __init__(self, bulk: int, mask: Any, with_timeout: bool) -> None:
-        self.before: list[Iterator[Any]] = []
-        self.in_child: list[Iterator[Any]] = []
-        self.after: list[Iterator[Any]] = []
-        self.timeout_signal = 0  # what makes the child write its stack and end
-        self.blocked = _ALL_BUT_FAULTS  # in the child, but while the callable runs
-        if faulthandler is None or _getrlimit(_LIMIT_OF_FILES)[0] != _UNLIMITED:
-            return  # beyond that limit the child would die of SIGXFSZ instead
-        try:
-            os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
-        except OSError as error:  # the file system knows no files as large as that
-            _raise_if_from_handler(error)
+
+def _let_report_timeouts(process: _Process, bulk: int, mask: Any) -> None:
+    for number in range(getattr(signal, "SIGRTMIN", 0), getattr(signal, "SIGRTMAX", -1) + 1):
+        if not _handler_of(number) and not _libc_no_errno.sigismember(mask, number):
+            process.timeout_signal = number
+            process.blocked = _Words.from_buffer_copy(_ALL_BUT_FAULTS)
+            _libc_no_errno.sigdelset(process.blocked, number)
+            process.before.append(_step(faulthandler.register, number, bulk, True, True))
+            process.after.append(_step(faulthandler.unregister, number))
             return
-        enable = _step(faulthandler.enable, bulk, True, *_WITHOUT_C_STACK)
-        any(map(_libc_sigaction, _FAULT_NUMBERS, repeat(None), _fault_actions))
-        if faulthandler.is_enabled() or any(_fault_handlers):
-            self.in_child.append(enable)
-            for number, action, handler in zip(_FAULT_NUMBERS, _fault_actions, _fault_handlers):
-                if handler:
-                    self.in_child.append(_step(_libc_sigaction, number, _SignalAction(*action), None))
-        else:
-            self.before.append(enable)
-            self.after.append(_step(faulthandler.disable))
-        if with_timeout:
-            self.report_timeouts(bulk, mask)
-        if _libc_sigaltstack is not None and _get_ident() != _MAIN_THREAD:
-            # A handler for a stack overflow needs a stack of its own, which faulthandler gives to one thread only.
-            theirs = ctypes.create_string_buffer(3 * ctypes.sizeof(ctypes.c_void_p))
-            self.before.append(_step(_libc_sigaltstack, _alternative_stack(), theirs))
-            self.after.insert(0, _step(_libc_sigaltstack, theirs, None))
-
-    def report_timeouts(self, bulk: int, mask: Any) -> None:
-        for number in range(getattr(signal, "SIGRTMIN", 0), getattr(signal, "SIGRTMAX", -1) + 1):
-            if not _handler_of(number) and not _libc_no_errno.sigismember(mask, number):
-                self.timeout_signal = number
-                self.blocked = _Words.from_buffer_copy(_ALL_BUT_FAULTS)
-                _libc_no_errno.sigdelset(self.blocked, number)
-                self.before.append(_step(faulthandler.register, number, bulk, True, True))
-                self.after.append(_step(faulthandler.unregister, number))
-                return
 
 
 _getrlimit, _LIMIT_OF_FILES, _UNLIMITED = resource.getrlimit, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
@@ -1490,6 +1484,8 @@ class _Process:
     """A child from fork to reaping."""
 
     gone = expired = killed = False
+    timeout_signal = 0  # what makes the child write its stack and end
+    blocked = _ALL_BUT_FAULTS  # the signals that are, in the child, but while the callable runs
     wait_error: BaseException | None = None
     steps: Any = ()  # of the fork: to free them while the child lives would copy the pages that they share
 
@@ -1499,6 +1495,10 @@ class _Process:
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
         self.ending = _Words()
+        # Steps of C around the fork, besides those of every call.
+        self.before: list[Iterator[Any]] = []
+        self.in_child: list[Iterator[Any]] = []
+        self.after: list[Iterator[Any]] = []
 
     @property
     def pid(self) -> int:
@@ -1580,7 +1580,7 @@ class _Process:
         return costs
 
 
-def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, threads: bool) -> None:
+def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> None:
     """Fork; the child runs ``child`` and exits.
 
     All of it is one step of C: the parent's part ends at the first call that returns something true, which is fork,
@@ -1595,7 +1595,7 @@ def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, t
     in_child = [step(_freeze)]
     if _REPORTS_PROPERTIES:
         in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
-    after = [*reports.after, step(_libc_sigmask, _SIG_SETMASK, mask, None)]
+    after = [*process.after, step(_libc_sigmask, _SIG_SETMASK, mask, None)]
     if threads:
         before.append(step(_imp.acquire_lock))  # the repair makes it anew
         in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]  # type: ignore
@@ -1603,7 +1603,7 @@ def _fork(process: _Process, child: _Child, mask: Any, reports: _StackReports, t
     address = ctypes.c_void_p(id(child))
     life = [step(_has_attribute, address, _RUN), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None)]
     life.append(starmap(_has_attribute, repeat((address, _DELIVER), 3)))
-    steps = [*before, *reports.before, step(_libc_fork), *in_child, *reports.in_child, *life, step(_libc_exit, 1)]
+    steps = [*before, *process.before, step(_libc_fork), *in_child, *process.in_child, *life, step(_libc_exit, 1)]
     process.steps = steps, after, child
     try:
         process.pids.extend(chain(islice(filter(None, _chained(steps)), 1), _chained(after)))
@@ -1699,12 +1699,12 @@ class _Call:
         function, args = (run, (self.function, *args)) if run else (self.function, args)
         mask = _Words()
         _libc_sigmask(_SIG_BLOCK, None, mask)
-        self.reports = _StackReports(shared.bulk[0], mask, self.timeout is not None)
+        _let_report(self.process, shared.bulk[0], mask, self.timeout is not None)
         threads = _other_threads()  # as late as can be, since threads of C may come at any moment
         _refuse_unsafe_fork(threads)
         setup, teardown = _child_setup(self, threads, flushed)
-        child = _Child(writer, mask, self.reports.blocked, setup, teardown, function, args, kwargs)
-        _fork(self.process, child, mask, self.reports, threads)
+        child = _Child(writer, mask, self.process.blocked, setup, teardown, function, args, kwargs)
+        _fork(self.process, child, mask, threads)
         _watch_end(self.process)
         if _MADV_DONTFORK and (threads or run is not None):
             # A later child, forked while this one runs, does not get this region to scribble on.
@@ -1730,7 +1730,7 @@ class _Call:
             else:
                 longest = 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
             return longest if longest < left else left
-        if process.expired or not self.reports.timeout_signal:
+        if process.expired or not process.timeout_signal:
             process.expired = True
             process.kill()
             return None
@@ -1785,7 +1785,7 @@ def _ask_for_stack(call: _Call) -> None:
     call.deadline = _clock() + 0.1
     call.report_at = os.lseek(call.shared.bulk[0], 0, os.SEEK_CUR)
     with _tolerating(PermissionError):
-        call.process.send(call.reports.timeout_signal)
+        call.process.send(call.process.timeout_signal)
 
 
 def _need_frames(count: int) -> None:
