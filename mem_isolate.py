@@ -351,7 +351,8 @@ def _os_error(what: str = "") -> OSError:
 # header of five words. That works without a descriptor, and small as it is, little of it is in the way of a callable's
 # wild pointers. What does not fit there goes to the bulk, a file in memory that nobody has mapped while the callable
 # runs; a counter tells the parent how much the child has written there, so that it can read along. Nothing that was
-# written is written over. Large buffers follow the stream, each on pages of its own, so that one can be mapped.
+# written is written over. Large buffers follow the stream, each on pages of its own, so that one can be mapped. Before
+# its outcome a generator has its items, which go round in a ring at the start of the bulk.
 
 _PAGE = mmap.PAGESIZE
 _SHARED_SIZE = 64 * 1024  # only the pages that are used cost anything
@@ -616,9 +617,9 @@ class _ItemSender:
     """
 
     def __init__(self, writer: _Writer) -> None:
-        self.writer, self.room = writer, writer.shared.room[0]
+        shared = writer.shared
+        self.writer, self.bulk, self.counter, self.room = writer, shared.bulk[0], shared.counter[-1], shared.room[0]
         self.sent = self.taken = 0  # bytes
-        writer.bulk, writer.counter = writer.shared.bulk[0], writer.shared.counter[-1]
 
     def send(self, item: Any) -> None:
         buffers = self.writer.buffers = []
@@ -632,37 +633,44 @@ class _ItemSender:
         parts: list[Any] = [header + stream] if len(stream) < _OUT_OF_BAND else [header, stream]
         try:
             for part in (*parts, *buffers):
-                self.write(memoryview(part))
+                self.write(part)
         except OSError:
-            self.writer.failed, self.writer.bulk = True, -1  # the callable may have closed it
+            self.writer.failed = True
             raise
 
-    def write(self, data: memoryview) -> None:
-        while data:
+    def write(self, data: Any) -> None:
+        """Write bytes as there comes to be room, and publish them."""
+        while True:
             place = self.sent % _RING
             room = min(_RING - self.sent + self.taken, _RING - place, _PIECE)
             if room == 0:
                 told = _read(self.room, 4096)  # waits
                 self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
                 continue
-            written = os.pwrite(self.writer.bulk, data[:room], place)
-            _write(self.writer.counter, _WORD.pack(written))
+            written = os.pwrite(self.bulk, data if len(data) <= room else memoryview(data)[:room], place)
+            _write(self.counter, _WORD.pack(written))
             self.sent += written
-            data = data[written:]
-            # The outcome goes behind the items, for the parent may not have taken the last.
-            self.writer.start = self.writer.position = _REGION_SIZE + min(self.sent, _RING)
+            if written == len(data):
+                return
+            data = memoryview(data)[written:]
 
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a generator function of either kind to its end in the child; return what it returns."""
-        items = function(*args, **kwargs)
-        if isinstance(items, types.AsyncGeneratorType):
-            return _run_coroutine(self.send_async, items)
-        while True:
-            try:
-                item = next(items)
-            except StopIteration as stop:
-                return stop.value
-            self.send(item)
+        writer = self.writer
+        try:
+            items = function(*args, **kwargs)
+            if isinstance(items, types.AsyncGeneratorType):
+                return _run_coroutine(self.send_async, items)
+            while True:
+                try:
+                    item = next(items)
+                except StopIteration as stop:
+                    return stop.value
+                self.send(item)
+        finally:
+            # What comes now goes behind the items, for the parent may not have taken the last.
+            writer.start = writer.position = _REGION_SIZE + min(self.sent, _RING)
+            writer.bulk = -1 if writer.failed else self.bulk  # the callable may have closed it
 
     async def send_async(self, items: AsyncIterator[Any]) -> None:
         async for item in items:
