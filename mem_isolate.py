@@ -670,7 +670,7 @@ class _ItemSender:
         finally:
             # What comes now goes behind the items, for the parent may not have taken the last.
             writer.start = writer.position = _REGION_SIZE + min(self.sent, _RING)
-            writer.bulk = -1 if writer.failed else self.bulk  # the callable may have closed it
+            writer.bulk = self.bulk
 
     async def send_async(self, items: AsyncIterator[Any]) -> None:
         async for item in items:
@@ -1278,6 +1278,9 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
         except BaseException as error:
             what = f"its result, of type {type(value).__qualname__}, cannot be pickled (return plain data instead)"
             _deliver_failure(writer, _UNWRITTEN if writer.failed else _UNPICKLABLE, what, error)
+        return
+    if writer.failed:  # an item could not be written
+        _deliver_failure(writer, _UNWRITTEN, "", failure)
         return
     if isinstance(failure, _UnpicklableItem):
         what = f"an item, of type {failure.args[0]}, cannot be pickled (yield plain data instead)"

@@ -3528,6 +3528,7 @@ FAILURES = {  # what the body does when it is asked for a third item, its error,
     "exit": (lambda: os._exit(3), UnexpectedExitStatusError, "3"),
     "timeout": (lambda: time.sleep(60), CallableTimeoutError, "in body"),
     "no pickle": (threading.Lock, SerializationError, "lock"),
+    "no descriptor": (lambda: os.closerange(3, 4096), ResultDeliveryError, "written: OSError: [Errno 9]"),
 }
 
 
@@ -3600,6 +3601,36 @@ def test_child_runs_ahead_of_its_reader_only_so_far():
     assert sum(len(next(items)) for _ in range(220)) == 220 * MIB
     assert kibibytes("/proc/meminfo", "Shmem") - shared < 100 << 10, "what was read is kept"
     assert len(list(items)) == 80 and made[0] == 300
+
+
+def test_item_that_cannot_be_written_is_a_result_delivery_error(monkeypatch):
+    """Though there is room for the outcome."""
+    write = os.pwrite
+
+    def fail_once(*_):
+        os.pwrite = write
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "pwrite", fail_once)
+    assert raised(ResultDeliveryError, next, isolated(countdown)(3)).__cause__.errno == errno.ENOSPC
+
+
+@linux_only
+def test_item_that_the_child_cuts_short_is_an_error():
+    made = shared_numbers(1)
+
+    def make_and_truncate():
+        yield "first"
+        yield bytes(MIB)
+        bulk = next(name for name in open_descriptors() if "mem_isolate" in os.readlink(f"/proc/self/fd/{name}"))
+        os.ftruncate(int(bulk), 0)
+        made[0] = 1
+        time.sleep(60)
+
+    items = isolated(make_and_truncate, timeout=60)()
+    assert next(items) == "first"
+    wait_until(lambda: made[0])
+    assert "cut short" in str(raised(DeserializationError, next, items))
 
 
 def test_generator_may_keep_processes_of_its_own():
