@@ -17,7 +17,7 @@ child, the process as its parent sees it, the call, the public face; then huge p
 # SPDX-FileCopyrightText: 2026 The mem_isolate authors
 # Documentation, tests, benchmark and newer versions: the README of the repository mem-isolate-python.
 #
-# 1.1.0 (2026-11-25)  Crashes and timeouts say where; errors say what the call cost; generator functions; large results
+# 1.1.0 (2026-11-26)  Crashes and timeouts say where; errors say what the call cost; generator functions; large results
 #                     are rebuilt while they are made; nothing that other threads own is finalised in a child.
 # 1.0.0 (2026-11-23)  The first version.
 
