@@ -3617,19 +3617,21 @@ def test_item_that_cannot_be_written_is_a_result_delivery_error(monkeypatch):
 
 @linux_only
 def test_item_that_the_child_cuts_short_is_an_error():
-    made = shared_numbers(1)
+    steps = shared_numbers(2)
 
     def make_and_truncate():
         yield "first"
         yield bytes(MIB)
+        wait_until(lambda: steps[0])
         bulk = next(name for name in open_descriptors() if "mem_isolate" in os.readlink(f"/proc/self/fd/{name}"))
         os.ftruncate(int(bulk), 0)
-        made[0] = 1
+        steps[1] = 1
         time.sleep(60)
 
     items = isolated(make_and_truncate, timeout=60)()
     assert next(items) == "first"
-    wait_until(lambda: made[0])
+    steps[0] = 1
+    wait_until(lambda: steps[1])
     assert "cut short" in str(raised(DeserializationError, next, items))
 
 
