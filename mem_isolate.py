@@ -2088,7 +2088,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
     unpickler: Any = None
     try:
         if kind == _UNWRITTEN:
-            unpickler = pickle.Unpickler(io.BytesIO(call.shared.region[_REGION_SIZE + start : _REGION_SIZE + end]))
+            unpickler = pickle.Unpickler(io.BytesIO(call.shared.region[_REGION_SIZE : _REGION_SIZE + end - start]))
         else:
             reader = _Reader(call.shared, start, lambda position: max(end, position))
             unpickler = reader.unpickler(reader.take_buffers(count, end))

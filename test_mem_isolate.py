@@ -2715,6 +2715,8 @@ def test_wild_pointers_of_the_callable_do_not_hurt_the_parent():
                 assert end is not os._exit and result == end(*arguments), (pattern, end)
             except MemIsolateError as error:
                 assert str(error)
+    error = failure(ResultDeliveryError, scribble_and, "7", limit_files, 0, signal.SIG_IGN, bytes, BULK)
+    assert error.__cause__.errno == errno.EFBIG
     assert call(square, 3) == 9
 
 
