@@ -369,7 +369,7 @@ _NAP = 50e-6  # seconds that small items of a generator are let come together
 _RING = 64 << 20  # bytes that a generator's child may be ahead of its reader
 _WORD = struct.Struct("=Q")
 _ITEM = struct.Struct("=QQ")  # goes before each item of a generator: length of its stream, number of its buffers
-_NOT_YET = object()
+_NOT_YET = object()  # instead of an item: there is none to read now
 
 # How far the child came. Not small numbers, so that hardly a stray write is taken for one of them.
 _NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartrunning!returneddelivers")
@@ -418,8 +418,7 @@ class _Shared:
     def read_counter(self) -> bool:
         """Add what the child has published since; return whether that was anything."""
         with contextlib.suppress(BlockingIOError):
-            told = _read(self.counter[0], 4096)
-            self.published += sum(struct.unpack(f"={len(told) // 8}Q", told))
+            self.published += _read_told(self.counter[0])
             return True
         return False
 
@@ -442,6 +441,12 @@ class _Shared:
                 view.release()  # nobody may look there any more, a debugger in a traceback's frames included
         self.close_descriptors()
         _drain(self.mapping, _libc_munmap, _SHARED_SIZE)
+
+
+def _read_told(descriptor: int) -> int:
+    """The bytes that the other side has told of, by a counter, since this was asked last."""
+    told = _read(descriptor, 4096)  # of sockets, one message behind the other
+    return sum(struct.unpack(f"={len(told) // 8}Q", told))
 
 
 def _punch(bulk: int, start: int, end: int) -> None:
@@ -644,8 +649,7 @@ class _ItemSender:
             place = self.sent % _RING
             room = min(_RING - self.sent + self.taken, _RING - place, _PIECE)
             if room == 0:
-                told = _read(self.room, 4096)  # waits
-                self.taken += sum(struct.unpack(f"={len(told) // 8}Q", told))
+                self.taken += _read_told(self.room)  # waits
                 continue
             written = os.pwrite(self.bulk, data if len(data) <= room else memoryview(data)[:room], place)
             _write(self.counter, _WORD.pack(written))
@@ -1517,7 +1521,7 @@ class _Process:
 
     def reap(self, options: int = os.WNOHANG) -> bool:
         """Look whether the child is gone, or, without WNOHANG among the options, wait until it is."""
-        if self.waited and self.pid in self.waited and not os.WIFSTOPPED(self.ending[_STATUS]):
+        if self.pids[0] in self.waited and not os.WIFSTOPPED(self.ending[_STATUS]):
             self.gone = True
         wait4 = _libc_wait4_nohang if options else _libc_wait4
         while not self.gone:
@@ -1667,7 +1671,7 @@ _in_flight: dict[int, _Shared] = {}  # of all calls: a child closes those of oth
 
 
 class _Call:
-    """One isolated call: ``start`` it, sleep between each ``look`` at the child, take its ``_outcome``.
+    """One isolated call: ``start`` it, ``look`` at the child between sleeps, take its ``_outcome``.
 
     As a context manager it gives back all that it holds, however the call went. A signal handler may raise on the
     way into an exit, so a call is entered five times: in storms of them, three exits were missed once in 3,000 calls.
@@ -1677,7 +1681,7 @@ class _Call:
     report_at = _REPORT_AT
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
     received = 0  # bytes of the result
-    looks = 0
+    looks = 0  # at the child, so far
     hurried = False  # whether a generator's last item came just now
 
     def __init__(
@@ -1741,11 +1745,10 @@ class _Call:
             else:
                 longest = 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
             return longest if longest < left else left
-        if process.expired or not process.timeout_signal:
-            process.expired = True
+        asked, process.expired = process.expired, True
+        if asked or not process.timeout_signal:
             process.kill()
             return None
-        process.expired = True
         _ask_for_stack(self)
         return self.look()
 
