@@ -2722,8 +2722,16 @@ def test_wild_pointers_of_the_callable_do_not_hurt_the_parent():
 
 @fresh_on_linux
 def test_later_child_cannot_scribble_on_a_call_in_flight():
-    items = isolated(lambda: (yield from [os.getpid(), b"A" * 1500]))()
+    go = shared_numbers(1)
+
+    def wait_and_end():
+        yield os.getpid()
+        wait_until(lambda: go[0])
+        yield b"A" * 1500
+
+    items = isolated(wait_and_end)()
     pid = next(items)
+    go[0] = 1
     wait_until(lambda: run_state(pid) == "Z")  # it has delivered, and nobody has read it
     call(scribble_over_all_that_is_shared, "100")
     assert list(items) == [b"A" * 1500]
