@@ -2250,6 +2250,8 @@ def rebuild_slowly():
 def test_exception_of_a_handler_is_not_taken_for_one_of_the_result():
     signal.signal(signal.SIGALRM, interrupt)
     raised(Interrupt, call, lambda: OnPickle(lambda: (rebuild_slowly, ())))
+    signal.setitimer(signal.ITIMER_REAL, 0.2)  # while the parent waits for the rest
+    raised(Interrupt, call, lambda: [bytes(BULK), OnPickle(time.sleep, 60)])
     assert_no_child_is_left()
 
 
@@ -3676,8 +3678,11 @@ def test_large_result_is_rebuilt_while_it_is_made_and_leaves_the_collector_as_it
         asked = call(lambda: [bytes(BULK), OnPickle(lambda: (call, (gc.get_threshold,)))])[1]
         assert asked == before  # in a child that is forked meanwhile
         assert gc.isenabled() == collecting and gc.get_threshold() == before
+        call(lambda: [bytes(BULK), OnPickle(lambda: (gc.set_threshold, (333,)))])
+        assert call(lambda: records) == records and gc.get_threshold()[0] == 333  # what the result has set, it stays
     finally:
         gc.enable()
+        gc.set_threshold(*before)
 
 
 def items_of_every_size(seed, most):
