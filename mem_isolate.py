@@ -525,12 +525,9 @@ class _Writer:
         self.bulk = self.counter = -1  # descriptors of the child's own, once they are needed
         self.publishes = publishes
 
-    def after(self) -> _Writer:
-        """A writer behind this stream, whose pickling failed: the parent may be reading it, so it stays as it is."""
-        writer = _Writer(self.shared, publishes=False)
-        writer.start = writer.position = self.position
-        writer.bulk = self.bulk
-        return writer
+    def begin_anew(self) -> None:
+        """Go on behind a stream whose pickling failed: the parent may be reading it, so it stays as it is."""
+        self.start, self.buffers, self.publishes = self.position, [], False
 
     def write(self, data: Any) -> None:
         start, end = self.position, self.position + len(data)
@@ -1329,15 +1326,11 @@ def _deliver_exception(
     writer: _Writer, kind: int, text: str, error: BaseException | None, state: dict[str, Any]
 ) -> None:
     """Deliver a text, and behind it an exception: so the text arrives whatever becomes of the exception."""
-    stream = writer.after()
-    pickler = _ExceptionPickler(stream, 5, buffer_callback=stream.keep_out_of_band)
-    try:
-        pickler.dump(text)
-        pickler.dump((error, state))
-        stream.deliver(kind)
-    finally:
-        writer.failed |= stream.failed
-        writer.position = stream.position
+    writer.begin_anew()
+    pickler = _ExceptionPickler(writer, 5, buffer_callback=writer.keep_out_of_band)
+    pickler.dump(text)
+    pickler.dump((error, state))
+    writer.deliver(kind)
 
 
 def _deliver_failure(writer: _Writer, kind: int, what: str, error: BaseException, text: str = "") -> None:

@@ -1460,6 +1460,25 @@ def test_text_that_cannot_be_flushed_before_the_call_is_not_printed_twice(monkey
     assert text.strip(b".") == b"pending"
 
 
+@fresh(env=BUFFERED)
+def test_text_that_another_thread_prints_between_flush_and_fork_is_not_printed_twice():
+    usual, stdout, (read, write) = mem_isolate._other_threads, os.dup(1), os.pipe()
+
+    def print_meanwhile():
+        LIBC.puts(b"from C")
+        sys.stdout.write("from Python\n")
+        return usual()
+
+    os.dup2(write, 1)
+    with background_threads(lambda: time.sleep(0.01)):
+        mem_isolate._other_threads = print_meanwhile
+        call(print, "from the child")
+    LIBC.fflush(None)
+    sys.stdout.flush()
+    os.dup2(stdout, 1)
+    assert sorted(os.read(read, MIB).decode().splitlines()) == ["from C", "from Python", "from the child"]
+
+
 def test_timeout_covers_the_flush_of_what_the_callable_printed():
     """What was delivered before the flush counts; the child, whose flush never ends, does not stay."""
 
@@ -1513,6 +1532,8 @@ def test_closed_standard_descriptors_break_nothing(closed):
             with contextlib.suppress(OSError):
                 print("noise", file=stream)
         LIBC.puts(b"noise from C")
+        with contextlib.suppress(OSError):
+            os.write(1, b"8 bytes\n")  # as many as a counter takes
         return os.urandom(1) * size
 
     for number in closed:
