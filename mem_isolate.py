@@ -691,70 +691,60 @@ class _Reader(io.RawIOBase):
 
     def __init__(self, shared: _Shared, position: int, more: Callable[[int], int]) -> None:
         self.shared, self.position, self.more = shared, position, more
-        self.loaded: memoryview | None = None  # the rest of the stream, where the bulk is needed for something else
+        self.loaded: io.BytesIO | None = None  # the rest of the stream, where the bulk is needed for something else
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         if self.loaded is not None:
-            count = min(len(buffer), len(self.loaded))
-            buffer[:count], self.loaded = self.loaded[:count], self.loaded[count:]
-            return count
-        count = min(len(buffer), self.more(self.position) - self.position)
-        if count > 0:
-            count = _read_stream(self.shared, self.position, memoryview(buffer)[:count])
-            self.position += count
-            # What is read ahead, one buffer, may have to be read again: see take_buffers.
-            self.shared.free(self.position - _REGION_SIZE - _READ_AHEAD)
-        return max(count, 0)
+            return self.loaded.readinto(buffer)
+        count = max(min(len(buffer), self.more(self.position) - self.position), 0)
+        _read_stream(self.shared, self.position, memoryview(buffer)[:count])
+        self.position += count
+        # What is read ahead, one buffer, may have to be read again: see take_buffers.
+        self.shared.free(self.position - _REGION_SIZE - _READ_AHEAD)
+        return count
 
     def unpickler(self, buffers: Iterable[Any]) -> pickle.Unpickler:
         return pickle.Unpickler(io.BufferedReader(self, _READ_AHEAD), buffers=buffers)
 
     def load(self, end: int) -> None:
         """Read the rest of the stream at once."""
-        rest = memoryview(bytearray(max(end - self.position, 0)))
-        _read_stream(self.shared, self.position, rest)
-        self.loaded = rest
+        self.loaded = io.BytesIO(bytes(max(end - self.position, 0)))
+        with self.loaded.getbuffer() as view:
+            _read_stream(self.shared, self.position, view)
 
     def take_buffers(self, count: int, end: int) -> list[Any]:
         """All buffers of a stream, each in memory of its own that nobody else can change; the largest is mapped."""
-        shared, table = self.shared, memoryview(bytearray(8 * count))
-        _read_stream(shared, end - len(table), table)
-        lengths = table.cast("Q").tolist()
-        small = sum(length for length in lengths if length < _OUT_OF_BAND)
-        place = end - len(table) - small
+        shared = self.shared
+        lengths = _read_stream(shared, end - 8 * count, memoryview(bytearray(8 * count))).cast("Q").tolist()
+        small = [length for length in lengths if length < _OUT_OF_BAND]
+        places = accumulate(small, initial=end - 8 * count - sum(small))
         offsets = iter(_offsets(max(end - _REGION_SIZE, 0), [size for size in lengths if size >= _OUT_OF_BAND]))
         mapped = lengths.index(max(lengths)) if max(lengths, default=0) >= _MAPPED else -1
         memory: list[Any] = []
         for number, length in enumerate(lengths):
-            offset = next(offsets) if length >= _OUT_OF_BAND else place
-            if length < _OUT_OF_BAND:
-                memory.append(memoryview(bytearray(length)))
-                _read_stream(shared, place, memory[-1])
-                place += length
-            elif number != mapped:
-                memory.append(memoryview(_private_memory(length)))
-                _read_stream(shared, offset + _REGION_SIZE, memory[-1])
-            else:
-                memory.append(offset)
+            position = _REGION_SIZE + next(offsets) if length >= _OUT_OF_BAND else next(places)
+            memory.append(position if number == mapped else _read_stream(shared, position, _new_memory(length)))
         if mapped >= 0:
             self.load(end)  # which mapping cuts away
             memory[mapped] = _map(shared, memory[mapped], lengths[mapped])
         return memory
 
 
-def _private_memory(length: int) -> mmap.mmap:
+def _new_memory(length: int) -> memoryview:
+    if length < _OUT_OF_BAND:
+        return memoryview(bytearray(length))
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
     if length >= _PIECE:
         with contextlib.suppress(OSError, AttributeError):  # Linux has it, and may not have been built with it
             memory.madvise(mmap.MADV_HUGEPAGE)  # to fill it takes a third of the time
-    return memory
+    return memoryview(memory)
 
 
-def _read_stream(shared: _Shared, position: int, view: memoryview) -> int:
-    """Fill a view from the region and the bulk, whole; return its length."""
+def _read_stream(shared: _Shared, position: int, view: memoryview) -> memoryview:
+    """Fill a view from the region and the bulk, whole; return it."""
     length = len(view)
     done = max(min(_REGION_SIZE - position, length), 0)
     view[:done] = shared.region[position : position + done]
@@ -764,7 +754,7 @@ def _read_stream(shared: _Shared, position: int, view: memoryview) -> int:
         if count == 0:
             raise EOFError("the result was cut short")
         done += count
-    return length
+    return view
 
 
 def _seal(shared: _Shared) -> bool:
@@ -772,16 +762,14 @@ def _seal(shared: _Shared) -> bool:
     return bool(_libc_no_errno.fcntl(shared.bulk[0], _F_ADD_SEALS, _F_SEAL_EVERYTHING) == 0)  # not while it is mapped
 
 
-def _map(shared: _Shared, offset: int, length: int) -> memoryview:
+def _map(shared: _Shared, position: int, length: int) -> memoryview:
     """A piece of the bulk, mapped privately where the rest of it can be cut away and it can be sealed."""
-    bulk = shared.bulk[0]
+    bulk, offset = shared.bulk[0], position - _REGION_SIZE
     size, end = os.fstat(bulk).st_size, offset + -(-length // _PAGE) * _PAGE
     _punch(bulk, 0, offset)
     _punch(bulk, end, size)
     if _libc_fallocate is None or not _seal(shared):
-        view = memoryview(_private_memory(length))
-        _read_stream(shared, offset + _REGION_SIZE, view)
-        return view
+        return _read_stream(shared, position, _new_memory(length))
     if os.fstat(bulk).st_size < offset + length:
         raise EOFError("the result was cut short")
     # An mmap object of Python's would hold a duplicate of the descriptor as long as the result lives. So it makes an
@@ -819,25 +807,21 @@ class _ExceptionPickler(pickle.Pickler):
 
 
 def _is_found_by_name(cls: type) -> bool:
-    try:
-        found: Any = sys.modules[cls.__module__]
-        for name in cls.__qualname__.split("."):
-            found = getattr(found, name)
-    except Exception:  # of a module's own __getattr__ too
-        return False
-    return found is cls
+    with contextlib.suppress(Exception):  # of a module's own __getattr__ too
+        return operator.attrgetter(cls.__qualname__)(sys.modules[cls.__module__]) is cls
+    return False
 
 
 def _class_of_this_process(address: int, module: str, name: str) -> type:
     """Find a class of exceptions by its address, which is the child's too where it was there at the fork."""
-    classes: dict[type, None] = {BaseException: None}
-    waiting = [BaseException]
+    seen: set[type] = set()
+    waiting: list[type] = [BaseException]
     for cls in waiting:
         if id(cls) == address and (cls.__module__, cls.__qualname__) == (module, name):
             return cls
-        new = [subclass for subclass in cls.__subclasses__() if subclass not in classes]
-        classes.update(dict.fromkeys(new))
-        waiting += new
+        if cls not in seen:
+            seen.add(cls)
+            waiting += cls.__subclasses__()
     raise pickle.UnpicklingError(f"its class {module}.{name} cannot be found: it was made in the child")
 
 
@@ -923,15 +907,11 @@ def _python_function(name: str, restype: Any, *argtypes: Any) -> Any:
     return function
 
 
-for _owner, _part in (
-    (_imp, "acquire_lock"),
-    (_bootstrap, "_module_locks"),
-    (_bootstrap, "_blocking_on"),
-    (threading, "_after_fork"),
-    (logging, "_handlerList"),
-):
-    if not hasattr(_owner, _part):
-        _missing_parts.append(f"{_owner.__name__}.{_part}")
+_needed = ["_imp.acquire_lock", "_frozen_importlib._module_locks", "_frozen_importlib._blocking_on"]
+for _private in (*_needed, "threading._after_fork", "logging._handlerList"):
+    _owner, _part = _private.split(".")
+    if not hasattr(sys.modules[_owner], _part):
+        _missing_parts.append(_private)
 _has_attribute = _python_function("PyObject_HasAttr", None)  # takes addresses: to convert objects costs page faults
 _repair_interpreter = _python_function("PyOS_AfterFork_Child", None)
 _increment_reference = _python_function("Py_IncRef", None, ctypes.c_void_p)
@@ -952,7 +932,7 @@ def _other_threads() -> bool:
     return any(map(_next_thread, map(_newest_thread, (_MAIN_INTERPRETER,))))
 
 
-def _find_child_hooks() -> list[Any] | None:
+def _find_child_hooks() -> list[Any]:
     """Find the interpreter's own list of hooks from ``os.register_at_fork(after_in_child=...)``.
 
     The repair runs these hooks too, unless the list is empty.
@@ -974,7 +954,7 @@ def _find_child_hooks() -> list[Any] | None:
         hooks.remove(mark)
         return hooks
     _missing_parts.append("the list of at-fork hooks")
-    return None
+    return []
 
 
 def _find_what_threads_own() -> list[int]:
@@ -1084,8 +1064,7 @@ def _renew_logging() -> None:
 
 def _renew(hooks: list[Any]) -> None:
     """Free the child from what the threads that it does not have were doing at the fork."""
-    if _child_hooks is not None:
-        _child_hooks[:] = hooks  # for later forks
+    _child_hooks[:] = hooks  # for later forks
     with contextlib.suppress(RuntimeError):  # from 3.13 on the interpreter's repair has released it
         _imp.release_lock()
     for name, reference in list(_bootstrap._module_locks.items()):  # imported anew: it was half imported
@@ -1182,22 +1161,11 @@ class _Child:
 
     failure: BaseException | None = None
 
-    def __init__(
-        self,
-        writer: _Writer,
-        mask: Any,
-        blocked: Any,
-        setup: list[Callable[[], None]],
-        teardown: Callable[[], None] | None,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    def __init__(self, writer: _Writer, *plan: Any) -> None:
         self.writer = writer
         dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
-        header, parent = writer.shared.header, writer.shared.parent
         unraisablehook = sys.unraisablehook if _REPORTS_PROPERTIES else None
-        self.plan = header, parent, mask, blocked, setup, teardown, function, args, kwargs, writer, dump, unraisablehook
+        self.plan: Any = (writer.shared.header, writer.shared.parent, *plan, writer, dump, unraisablehook)
 
     @property
     def run(self) -> None:
@@ -1606,7 +1574,7 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> None:
     after = [*process.after, step(_libc_sigmask, _SIG_SETMASK, mask, None)]
     if threads:
         before.append(step(_imp.acquire_lock))  # the repair makes it anew
-        in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]  # type: ignore
+        in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]
         after.insert(0, step(_imp.release_lock))
     address = ctypes.c_void_p(id(child))
     life = [step(_has_attribute, address, _RUN), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None)]
@@ -1817,7 +1785,7 @@ def _child_setup(call: _Call, threads: bool, flushed: bool) -> tuple[list[Callab
     teardown = None
     greenlets = "gevent" in sys.modules or "eventlet" in sys.modules
     if threads or greenlets:
-        setup.append(functools.partial(_renew, list(_child_hooks or ())))
+        setup.append(functools.partial(_renew, list(_child_hooks)))
     if threads or not flushed:
         setup.append(_renew_streams)
     if len(_in_flight) > 1:
@@ -1903,7 +1871,7 @@ async def _sleep_async(call: _Call, seconds: float) -> None:
     woken = loop.create_future()
     try:
         for descriptor in descriptors:
-            loop.add_reader(descriptor, _wake, woken)
+            loop.add_reader(descriptor, woken.cancel)  # unlike set_result, it may be called again
         await asyncio.wait([woken], timeout=seconds)
     finally:
         for descriptor in descriptors:
@@ -1912,37 +1880,27 @@ async def _sleep_async(call: _Call, seconds: float) -> None:
         call.shared.read_counter()
 
 
-def _wake(woken: Any) -> None:
-    if not woken.done():
-        woken.set_result(None)
-
-
 def _read_along(call: _Call) -> None:
     """Rebuild the result while the child writes it; what the child says in the end counts, not what was rebuilt."""
     shared = call.shared
     if not shared.published or call.rebuilt is not None:
         return
 
-    def more(position: int) -> int:
-        """Wait until the stream goes on behind a position; return up to where, or that position itself at its end."""
+    def more(position: float) -> Any:
+        """Wait until the stream goes on behind a position, or the child is gone; return up to where it goes."""
         while _REGION_SIZE + shared.published <= position:
             seconds = call.look()
             if seconds is None:
-                return max(wait_for_end()[1], position)
+                progress, kind, _, start, length = shared.header.tolist()
+                if (progress, kind) != (_DELIVERED, _RESULT):
+                    raise _Abandoned
+                return start + length
             _sleep(call, seconds)
         return _REGION_SIZE + shared.published
 
-    def wait_for_end() -> tuple[int, int]:
-        """Wait until the child is gone; return how many buffers its result has, and where the stream ends."""
-        for seconds in iter(call.look, None):
-            _sleep(call, seconds)
-        progress, kind, count, start, length = shared.header.tolist()
-        if (progress, kind) != (_DELIVERED, _RESULT):
-            raise _Abandoned
-        return count, start + length
-
     def wait_for_buffers() -> Iterator[Any]:
-        yield from reader.take_buffers(*wait_for_end())
+        end = more(inf)
+        yield from reader.take_buffers(shared.header[_BUFFERS], end)
 
     _rest_collector(id(call))
     reader = _Reader(shared, 0, more)
@@ -2000,8 +1958,7 @@ class _ItemReceiver:
             stream = yield from self.take(bytearray(length))
             buffers = []
             for size in stream[length - 8 * count :].cast("Q"):
-                memory = bytearray(size) if size < _OUT_OF_BAND else _private_memory(size)
-                buffers.append((yield from self.take(memory)))
+                buffers.append((yield from self.take(_new_memory(size))))
             yield self.rebuild(stream, buffers)
 
     def wait(self) -> Generator[Any, None, int]:
@@ -2065,7 +2022,7 @@ def _outcome(call: _Call) -> Any:
         if not count and start + length <= _REGION_SIZE:
             return pickle.loads(call.shared.region[start : start + length])
         _rest_collector(id(call))
-        reader = _Reader(call.shared, start, lambda position: max(start + length, position))
+        reader = _Reader(call.shared, start, lambda _: start + length)
         buffers = reader.take_buffers(count, start + length)
         if reader.loaded is None and not _seal(call.shared):
             reader.load(start + length)
@@ -2086,7 +2043,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
         if kind == _UNWRITTEN:
             unpickler = pickle.Unpickler(io.BytesIO(call.shared.region[_REGION_SIZE : _REGION_SIZE + end - start]))
         else:
-            reader = _Reader(call.shared, start, lambda position: max(end, position))
+            reader = _Reader(call.shared, start, lambda _: end)
             unpickler = reader.unpickler(reader.take_buffers(count, end))
         text = unpickler.load()
         error, state = unpickler.load()
@@ -2111,14 +2068,10 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
 
 def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
-    name, process, status = _name(call.function), call.process, call.process.ending[_STATUS]
-    where = report = ""
-    details: dict[str, Any] = {}
-    if process.wait_error is None and os.WIFSIGNALED(status):
-        details["signal"] = number = os.WTERMSIG(status)
-        with contextlib.suppress(ValueError):  # a real-time signal has no name
-            details["signal"] = Signals(number)
+    name, process = _name(call.function), call.process
+    kind, ending, details = _ending(process)
     fault = _FAULTS.get(details.get("signal"))  # type: ignore[arg-type]
+    where = report = ""
     if process.expired or fault:
         head = "" if process.expired else f"Fatal Python error: {fault}"
         with _tolerating(OSError, ValueError):
@@ -2126,39 +2079,37 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
     if process.expired:
         cannot = process.killed and not isinstance(process.wait_error, (ChildProcessError, type(None)))
         killed = f"cannot be killed ({process.wait_error})" if cannot else "was killed"
+        kind, details = CallableTimeoutError, {"timeout": call.timeout}
         message = f"{name} did not end within {call.timeout:g} s, and {killed}{where}; "
         message += "allow more time, or retry if it may run twice"
-        error = call.error(CallableTimeoutError, message, timeout=call.timeout)
+    elif progress == _NOT_STARTED:
+        kind, message = ChildSetupError, f"the child did not reach {name}: {ending}{where}; it is safe to retry"
+    elif progress == _RETURNED:
+        kind, message = ResultDeliveryError, f"{name} ended, but the child did not deliver its outcome: {ending}{where}"
     else:
-        error = _ending(call, progress, details, where)
+        message = f"the child did not survive {name}: {ending}{where}; retry only if it may run twice"
+    error = call.error(kind, message, **details)
     error.__cause__ = _ChildTraceback(report) if report else process.wait_error
     return error
 
 
-def _ending(call: _Call, progress: int, details: dict[str, Any], where: str) -> MemIsolateError:
-    name, process = _name(call.function), call.process
-    number = details.get("signal")
+def _ending(process: _Process) -> tuple[type[MemIsolateError], str, dict[str, Any]]:
+    """How a child ended: the error for it if the callable was running, what to say of it, and the error's details."""
+    status = process.ending[_STATUS]
     if process.wait_error is not None:
-        ending = f"its end cannot be learnt ({process.wait_error})"
-    elif number is not None:
-        ending = f"it was killed by {getattr(number, 'name', f'signal {number}')}{where}"
+        return WaitError, f"its end cannot be learnt ({process.wait_error})", {}
+    if not os.WIFSIGNALED(status):
+        status = os.WEXITSTATUS(status)
+        return UnexpectedExitStatusError, f"it ended with status {status}", {"exit_status": status}
+    number = os.WTERMSIG(status)
+    with contextlib.suppress(ValueError):  # a real-time signal has no name
+        number = Signals(number)
+    ending = f"it was killed by {getattr(number, 'name', f'signal {number}')}"
+    if number == signal.SIGKILL and not process.killed:
         peak = process.costs()["peak_memory"]
-        if number == signal.SIGKILL and not process.killed:
-            ending += ", most likely by the kernel because memory ran out, the machine's or a container's"
-            ending += f" (its peak was {peak / 2**20:.0f} MiB)" if peak else ""
-    else:
-        details["exit_status"] = os.WEXITSTATUS(process.ending[_STATUS])
-        ending = f"it ended with status {details['exit_status']}"
-    if progress == _NOT_STARTED:
-        message = f"the child did not reach {name}: {ending}; it is safe to retry"
-        return call.error(ChildSetupError, message, **details)
-    if progress == _RETURNED:
-        message = f"{name} ended, but the child did not deliver its outcome: {ending}"
-        return call.error(ResultDeliveryError, message, **details)
-    kind: type[MemIsolateError] = WaitError
-    if process.wait_error is None:
-        kind = UnexpectedExitStatusError if number is None else KilledBySignalError
-    return call.error(kind, f"the child did not survive {name}: {ending}; retry only if it may run twice", **details)
+        ending += ", most likely by the kernel because memory ran out, the machine's or a container's"
+        ending += f" (its peak was {peak / 2**20:.0f} MiB)" if peak else ""
+    return KilledBySignalError, ending, {"signal": number}
 
 
 # The drivers. No loop in them ends with an `if`: CPython 3.13 leaves the jump back that follows it, where signal
