@@ -41,7 +41,6 @@ import posix
 import re
 import select
 import signal
-import stat
 import struct
 import sys
 import threading
@@ -123,13 +122,14 @@ class MemIsolateError(Exception):
     this: it is raised as it is.
     """
 
-    #: The signal that ended the child (an ``int`` for a real-time signal), or None.
+    #: The signal that ended the child (an ``int`` for a real-time signal); None where another end, or a timeout, did.
     signal: Signals | int | None = None
     #: The status that the child ended with, or None.
     exit_status: int | None = None
     #: The child's process id; None before there was one.
     pid: int | None = None
-    #: The most memory that the child had resident, in bytes, what it inherited included; None where unknown.
+    #: The most memory that the child had resident, in bytes, what it inherited included; None where unknown, as long as
+    #: it runs.
     peak_memory: int | None = None
     #: What the child used of the processors, in seconds, user and system; None where unknown.
     cpu_time: float | None = None
@@ -156,15 +156,15 @@ class ChildSetupError(CallableDidNotExecuteError):
 
 
 class CallableExecutedError(MemIsolateError):
-    """The callable ran to its end, but its outcome did not arrive: retry only what may run twice."""
+    """The callable ran to its end, or to an item, but that did not arrive: retry only what may run twice."""
 
 
 class SerializationError(CallableExecutedError):
-    """The result cannot be pickled; or the exception that the callable raised cannot, or does not unpickle."""
+    """The result or an item cannot be pickled; or an exception that was raised cannot, or does not unpickle."""
 
 
 class DeserializationError(CallableExecutedError):
-    """Rebuilding the result in the parent raised ``__cause__``."""
+    """Rebuilding the result or an item in the parent raised ``__cause__``."""
 
 
 class ResultDeliveryError(CallableExecutedError):
@@ -219,6 +219,8 @@ _libc_exit = _libc_no_errno._exit
 _libc_close = _libc_no_errno.close
 _libc_sigmask = _libc_no_errno.pthread_sigmask
 _libc_sigaction = _libc_no_errno.sigaction
+_libc_memcpy = _libc_no_errno.memcpy
+_libc_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
 _libc_eventfd = getattr(_libc_holding_gil, "eventfd", None)  # Linux, FreeBSD 13
 _libc_prctl = getattr(_libc_no_errno, "prctl", None)  # Linux has it
@@ -250,7 +252,8 @@ _memoryview = _libc_no_errno.PyMemoryView_FromMemory
 _memoryview.restype = ctypes.py_object
 _memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _PYBUF_WRITE = 0x200
-_MMAP_SHARED = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0  # and descriptor, offset
+# What mmap takes behind the length: protection, flags, descriptor, offset.
+_MMAP_SHARED = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 16  # of the mmap function
 
@@ -300,6 +303,9 @@ def _step(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
     return starmap(function, (arguments,))
 
 
+_THIS_FILE = _step.__code__.co_filename  # as tracebacks have it: __file__ is another where there is only bytecode
+
+
 def _keep(results: list[Any], function: Callable[..., Any], *arguments: Any) -> None:
     """Call a C function and append what it returns, in one step of C."""
     results.extend(_step(function, *arguments))
@@ -315,11 +321,11 @@ def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> N
 def _is_from_handler(error: BaseException) -> bool:
     """Whether a signal handler raised an error, where only errors of the system are expected.
 
-    A handler is known by its argument: a function that was given the very frame that called it.
+    A handler is known by its argument, unless it deletes that: a function that was given the very frame that called it.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         code, caller = frame.f_code, frame.f_back
-        if code.co_filename == __file__:  # no handler; and to ask for its locals would keep them alive
+        if code.co_filename == _THIS_FILE:  # no handler; and to ask for its locals would keep them alive
             continue
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + 1]:  # and that of *args
             value = frame.f_locals.get(name)
@@ -362,7 +368,7 @@ _PROGRESS, _KIND, _BUFFERS, _START, _LENGTH = range(5)
 _LAST_WORDS_SIZE = 4096  # at the end, for a message where the bulk cannot be written
 _REGION_SIZE = _SHARED_SIZE - _HEADER_SIZE - _LAST_WORDS_SIZE
 _OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth reading on its own
-_MAPPED = 256 * 1024  # bytes from which on one is mapped; a process may have 65,530 mappings
+_MAPPED = 256 * 1024  # bytes from which on the largest is mapped; a process may have 65,530 mappings
 _READ_AHEAD = 1 << 18  # bytes that the parent reads at a time
 _PIECE = 4 << 20  # bytes that are written, then published, at a time
 _NAP = 50e-6  # seconds that small items of a generator are let come together
@@ -389,6 +395,7 @@ class _Shared:
 
     header: Any = None  # the five words, as integers
     region: Any = None  # the bytes behind them: the first of the stream, then room for last words
+    identity: os.stat_result | None = None  # of the bulk, where it is needed to know it again
 
     def __init__(self) -> None:
         self.parent = _getpid()
@@ -411,16 +418,20 @@ class _Shared:
         self.region = _memoryview(start + _HEADER_SIZE, _REGION_SIZE + _LAST_WORDS_SIZE, _PYBUF_WRITE)
         self.header[_PROGRESS] = _NOT_STARTED
         _make_bulk(self.bulk)
+        if not _LINUX:  # where a file in memory may have links
+            self.identity = os.fstat(self.bulk[0])
         _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK, streams)
         if streams:
             _make_counter(self.room, _EFD_CLOEXEC, streams)
 
     def read_counter(self) -> bool:
         """Add what the child has published since; return whether that was anything."""
+        before = self.published
         with contextlib.suppress(BlockingIOError):
             self.published += _read_told(self.counter[0])
-            return True
-        return False
+            while _libc_eventfd is None:  # sockets may hold more messages than are read at once
+                self.published += _read_told(self.counter[0])
+        return self.published > before
 
     def free(self, end: int) -> None:
         """Give back the memory of the bulk up to here, where that is worth a system call."""
@@ -480,7 +491,7 @@ def _make_counter(descriptors: list[int], flags: int, high: bool = False) -> Non
             _move_up(descriptors)
     else:
         ends = (ctypes.c_int * 2)()
-        made = _step(_libc_no_errno.socketpair, 1, 1, 0, ends)  # AF_UNIX, SOCK_STREAM
+        made = _step(_libc_holding_gil.socketpair, 1, 1, 0, ends)  # AF_UNIX, SOCK_STREAM
         descriptors.extend(chain(filter(None, made), ends))  # one step of C, as in _keep
         if descriptors[0] >= 0:
             _move_up(descriptors)  # and so closed where the callable executes something else
@@ -544,16 +555,24 @@ class _Writer:
         try:
             if self.bulk < 0:
                 self.bulk = self.open_bulk()
-                self.counter = -1 if self.publishes and _has_children() else _counter_if_still_ours(self.shared.counter)
+                # A child of the callable's has the bulk too, and could change it before the parent reads.
+                if self.publishes and _libc_no_errno.waitpid(-1, None, os.WNOHANG) < 0:
+                    self.counter = _counter_if_still_ours(self.shared.counter)
             written = 0
             while written < data.nbytes:
                 count = os.pwrite(self.bulk, data[written : written + _PIECE], offset + written)
                 written += count
                 if publish and self.counter >= 0:
-                    _write(self.counter, _WORD.pack(count))
+                    self.tell(count)
         except Exception:
             self.failed = True
             raise
+
+    def tell(self, count: int) -> None:
+        try:
+            _write(self.counter, _WORD.pack(count))
+        except OSError:  # something else has its number: then the parent reads when the child is gone
+            self.counter = -1
 
     def open_bulk(self) -> int:
         """The bulk's descriptor: the parent's, opened anew, for the callable may have closed or reused the child's."""
@@ -563,8 +582,9 @@ class _Writer:
             if os.readlink("/proc/self") == str(_getpid()):
                 with open(f"/proc/{self.shared.parent}/fd/{number}", "r+b", buffering=0) as file:
                     number = fcntl.fcntl(file.fileno(), _F_DUPFD_CLOEXEC, 3)  # not as stdout
-        found = os.fstat(number)
-        if found.st_nlink or number == self.shared.bulk[0] and found.st_size:  # it has no name, and is still empty
+        found, identity = os.fstat(number), self.shared.identity
+        ours = os.path.samestat(found, identity) if identity else found.st_nlink == 0  # it has no name
+        if not ours or number == self.shared.bulk[0] and found.st_size:  # and is still empty
             raise OSError(errno.EBADF, "the callable closed the descriptor for large results")
         return number
 
@@ -591,20 +611,14 @@ class _Writer:
         header[_PROGRESS] = _DELIVERED
 
 
-def _has_children() -> bool:
-    """Whether the callable left a child, which has the bulk too, and could change it before the parent reads."""
-    return bool(_libc_no_errno.waitpid(-1, None, os.WNOHANG) >= 0)
-
-
 def _counter_if_still_ours(descriptors: list[int]) -> int:
     """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number."""
     another: list[int] = []
     try:
         found = os.fstat(descriptors[-1])
-        if stat.S_ISSOCK(found.st_mode):
-            return descriptors[-1]
         _make_counter(another, _EFD_CLOEXEC)
-        return descriptors[-1] if os.path.samestat(found, os.fstat(another[0])) else -1  # all eventfds are one inode
+        # All eventfds are one inode, with epoll and its like, to which nothing can be written; sockets are not.
+        return descriptors[-1] if os.path.samestat(found, os.fstat(another[0])) else -1
     except OSError:
         return -1
     finally:
@@ -627,6 +641,8 @@ class _ItemSender:
         buffers = self.writer.buffers = []
         try:
             stream = pickle.dumps(item, 5, buffer_callback=self.writer.keep_out_of_band)
+        except MemoryError:  # which memory_limit may have caused, as anywhere in the body
+            raise
         except Exception as error:
             raise _UnpicklableItem(type(item).__qualname__) from error
         if buffers:
@@ -738,7 +754,7 @@ def _new_memory(length: int) -> memoryview:
         return memoryview(bytearray(length))
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
     if length >= _PIECE:
-        with contextlib.suppress(OSError, AttributeError):  # Linux has it, and may not have been built with it
+        with _tolerating(OSError, AttributeError):  # Linux has it, and may not have been built with it
             memory.madvise(mmap.MADV_HUGEPAGE)  # to fill it takes a third of the time
     return memoryview(memory)
 
@@ -750,16 +766,28 @@ def _read_stream(shared: _Shared, position: int, view: memoryview) -> memoryview
     view[:done] = shared.region[position : position + done]
     while done < length:
         piece = view[done : done + (1 << 30)]  # some systems refuse to read 2 GiB at once
-        count = os.preadv(shared.bulk[0], [piece], position + done - _REGION_SIZE)
+        count = _read_at(shared.bulk[0], piece, position + done - _REGION_SIZE)
         if count == 0:
             raise EOFError("the result was cut short")
         done += count
     return view
 
 
+def _read_at(bulk: int, memory: Any, offset: int) -> int:
+    """Fill memory, or a part of it, from a place in a file; return how much."""
+    if hasattr(os, "preadv"):
+        return os.preadv(bulk, [memory], offset)
+    data = os.pread(bulk, len(memory), offset)  # macOS 10
+    memory[: len(data)] = data
+    return len(data)
+
+
 def _seal(shared: _Shared) -> bool:
     """Forbid all change of the bulk, which a process that the callable left may hold; return whether that worked."""
-    return bool(_libc_no_errno.fcntl(shared.bulk[0], _F_ADD_SEALS, _F_SEAL_EVERYTHING) == 0)  # not while it is mapped
+    if _libc_no_errno.fcntl(shared.bulk[0], _F_ADD_SEALS, _F_SEAL_EVERYTHING) != 0:  # not while it is mapped
+        return False
+    shared.freed = sys.maxsize  # nor can any of it be given back now
+    return True
 
 
 def _map(shared: _Shared, position: int, length: int) -> memoryview:
@@ -878,7 +906,7 @@ def _say(error: BaseException) -> str:
 # A child has one thread. What the others were doing at the fork is put right in two steps: the interpreter by its own
 # repair, in C (see _fork), before the child runs any bytecode; the standard library's locks by _renew, after.
 
-_LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))
+_LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))  # at the import; gevent replaces them
 _bootstrap: Any = sys.modules["_frozen_importlib"]
 # Locks of the standard library's own modules that another thread may hold at any moment.
 _STANDARD_LOCKS = (
@@ -886,7 +914,7 @@ _STANDARD_LOCKS = (
     ("asyncio.events", "_lock"),
     ("asyncio.mixins", "_global_lock"),
     ("concurrent.futures.thread", "_global_shutdown_lock"),
-    ("sysconfig", "_CONFIG_VARS_LOCK"),
+    ("sysconfig", "_CONFIG_VARS_LOCK"),  # reentrant
     ("tempfile", "_once_lock"),
 )
 _FREE_THREADED = "t" in sys.abiflags
@@ -914,6 +942,7 @@ for _private in (*_needed, "threading._after_fork", "logging._handlerList"):
         _missing_parts.append(_private)
 _has_attribute = _python_function("PyObject_HasAttr", None)  # takes addresses: to convert objects costs page faults
 _repair_interpreter = _python_function("PyOS_AfterFork_Child", None)
+_handle_signals = _python_function("PyErr_CheckSignals", ctypes.c_int)
 _increment_reference = _python_function("Py_IncRef", None, ctypes.c_void_p)
 _newest_interpreter = _python_function("PyInterpreterState_Head", ctypes.c_void_p)
 _newest_thread = _python_function("PyInterpreterState_ThreadHead", ctypes.c_void_p, ctypes.c_void_p)
@@ -988,13 +1017,16 @@ def _keep_what_threads_own() -> Iterator[Any]:
 
     The repair deletes the states of the other threads. What only they kept alive would be finalised: files deleted
     under the parent, connections closed. No bytecode may run before the repair, so iterators of C do it: they walk
-    the states, whose next function takes no notice of its second argument, and read a pointer in each.
+    the states, whose next function takes no notice of its second argument, and copy a pointer out of each. (To read it
+    by ``from_address`` would call audit hooks, which are bytecode.)
     """
 
     def owned(offset: int) -> Iterator[Any]:
         states = accumulate(chain(map(_newest_thread, (_MAIN_INTERPRETER,)), repeat(0)), _next_thread)
         addresses = map(operator.add, takewhile(bool, states), repeat(offset))
-        return map(operator.attrgetter("value"), map(ctypes.c_void_p.from_address, addresses))
+        word = ctypes.c_void_p()
+        copied = map(_libc_memcpy, repeat(ctypes.byref(word)), addresses, repeat(ctypes.sizeof(word)))
+        return map(operator.attrgetter("value"), map(operator.itemgetter(1), zip(copied, repeat(word))))
 
     return map(_increment_reference, chain(*map(owned, _OWNED)))
 
@@ -1125,14 +1157,14 @@ _resting: dict[str, tuple[int, ...]] = {}  # the user's thresholds, while there 
 
 def _rest_collector(call: int) -> None:
     _rebuilding.add(call)
-    # Asking and keeping is one step: another thread may be doing the same, or just be putting them back.
-    any(map(_resting.setdefault, ("thresholds",), starmap(gc.get_threshold, ((),))))
-    gc.set_threshold(0)
+    # It is one step of C: another thread may be doing the same, or just be putting them back.
+    ask_and_keep = map(_resting.setdefault, ("thresholds",), _step(gc.get_threshold))
+    list(chain(ask_and_keep, _step(gc.set_threshold, 0)))
 
 
 def _wake_collector(call: int | None = None) -> None:
     """End the rest for a call; without one, in a child that was forked while other threads were rebuilding."""
-    _rebuilding.intersection_update(() if call is None else _rebuilding - {call})
+    _rebuilding.clear() if call is None else _rebuilding.discard(call)
     if _rebuilding or not _resting:
         return
     if gc.get_threshold()[0]:
@@ -1162,6 +1194,7 @@ class _Child:
     failure: BaseException | None = None
 
     def __init__(self, writer: _Writer, *plan: Any) -> None:
+        """``plan``: mask, signals to block, setup, teardown, function, args, kwargs."""
         self.writer = writer
         dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
         unraisablehook = sys.unraisablehook if _REPORTS_PROPERTIES else None
@@ -1333,6 +1366,9 @@ _action_memory = bytearray(256 * len(_FAULTS))
 _fault_actions = [_SignalAction.from_buffer(_action_memory, 256 * index) for index in range(len(_FAULTS))]
 _fault_handlers = memoryview(_action_memory).cast("P")[:: 256 // struct.calcsize("P")]
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+_getrlimit, _LIMIT_OF_FILES, _UNLIMITED = resource.getrlimit, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
+_MAIN_THREAD, _get_ident = threading.main_thread().ident, threading.get_ident
+_WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to show that allocates memory
 
 
 def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> None:
@@ -1374,11 +1410,6 @@ def _let_report_timeouts(process: _Process, bulk: int, mask: Any) -> None:
             return
 
 
-_getrlimit, _LIMIT_OF_FILES, _UNLIMITED = resource.getrlimit, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
-_MAIN_THREAD, _get_ident = threading.main_thread().ident, threading.get_ident
-_WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to show that allocates memory
-
-
 @functools.lru_cache(maxsize=None)
 def _alternative_stack() -> Any:
     """A stack_t for handlers, made once: address, flags, size."""
@@ -1397,23 +1428,23 @@ def _handler_of(number: int) -> int:
 
 
 def _is_of_this_file(name: str, line: int) -> bool:
-    own = _run.__code__.co_filename.encode("ascii", "backslashreplace").decode()  # as faulthandler writes it
+    own = _THIS_FILE.encode("ascii", "backslashreplace").decode()  # as faulthandler writes it
     # The tour's functions are users of this file as any others.
-    return name in (own, _run.__code__.co_filename) and line < _tour.__code__.co_firstlineno
+    return name in (own, _THIS_FILE) and line < _tour.__code__.co_firstlineno
 
 
-def _read_report(bulk: int, place: int, head: str) -> tuple[str, str]:
+def _read_report(bulk: int, place: int, fault: str) -> tuple[str, str]:
     """What the child wrote of its stack: in few words, for a message, and whole. Frames of this file are left out.
 
-    A process that the callable forked may have crashed and written one too: what begins with ``head`` is the child's.
+    A process that the callable forked may have crashed and written one too: what begins with ``fault`` is the child's.
     """
     dump = os.pread(bulk, 1 << 24, place).decode("ascii", "backslashreplace")
-    start = dump.rfind(head)
+    start = dump.rfind(fault)
     if start < 0 or not dump:
         return "", ""
     blocks: list[str] = []
     where: list[traceback.FrameSummary] = []
-    for block in re.split(r"\n(?=(?:Current thread|Thread) )", "\n" + (dump[start:] if head else dump)):
+    for block in re.split(r"\n(?=(?:Current thread|Thread) )", "\n" + (dump[start:] if fault else dump)):
         head, *lines = block.strip("\n").splitlines() or [""]
         if not head.startswith(("Thread", "Current thread")):
             blocks += [head] if head else []
@@ -1471,7 +1502,8 @@ class _Process:
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
         self.ending = _Words()
-        # Steps of C around the fork, besides those of every call.
+        # Steps of C around the fork, besides those of every call. Each returns something false, or nothing: the first
+        # that is true is taken for the child's pid.
         self.before: list[Iterator[Any]] = []
         self.in_child: list[Iterator[Any]] = []
         self.after: list[Iterator[Any]] = []
@@ -1567,7 +1599,9 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> None:
     is never finalised a second time, and the pages of its heap stay shared.
     """
     step = _step
-    before = [step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask)]
+    # A signal that has come, but whose handler has not run, would be handled in the child too. Most are handled before
+    # signals are blocked, since a process that a handler starts inherits the mask.
+    before = [step(_handle_signals), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask), step(_handle_signals)]
     in_child = [step(_freeze)]
     if _REPORTS_PROPERTIES:
         in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
@@ -1584,7 +1618,9 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> None:
     try:
         process.pids.extend(chain(islice(filter(None, _chained(steps)), 1), _chained(after)))
     finally:
-        if not process.pids:  # a step before the fork raised
+        if not process.pids:  # a step raised: before the fork or, where memory is exhausted, in the child
+            if _getpid() != child.writer.shared.parent:
+                _libc_exit(1)
             for undo in after:
                 with contextlib.suppress(RuntimeError):  # the import lock is not held yet
                     any(undo)
@@ -1653,11 +1689,12 @@ class _Call:
         self.sends = sends  # items, as a generator function of either kind does
         self.shared = _Shared()
         self.process = _Process()
-        self.restart_clock()
+        self.started = self.restart_clock()
 
-    def restart_clock(self) -> None:
-        self.started = _clock()
-        self.deadline = inf if self.timeout is None else self.started + self.timeout
+    def restart_clock(self) -> float:
+        now = _clock()
+        self.deadline = inf if self.timeout is None else now + self.timeout
+        return now
 
     def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
         """Fork; the child calls the function, or ``run`` with the function as its first argument."""
@@ -1921,7 +1958,7 @@ class _ItemReceiver:
         self.taken = self.untold = 0  # bytes, and those of them that the child does not know of
         self.chunk = memoryview(b"")  # what was read ahead
         self.stay_in_this_process()
-        call.restart_clock()
+        call.started = call.restart_clock()
 
     def published(self, items: Iterator[Any]) -> Iterator[Any]:
         """Those items that are there already."""
@@ -1980,9 +2017,10 @@ class _ItemReceiver:
         return view
 
     def read(self, memory: Any) -> Any:
-        if os.preadv(self.shared.bulk[0], [memory], self.taken % _RING) < len(memory):
+        if _read_at(self.shared.bulk[0], memory, self.taken % _RING) < len(memory):
             raise self.call.error(DeserializationError, "the items were cut short")
         self.taken += len(memory)
+        self.call.received += len(memory)
         self.untold += len(memory)
         self.tell()
         return memory
@@ -2013,7 +2051,7 @@ def _outcome(call: _Call) -> Any:
         raise _failure(call, progress)
     if kind != _RESULT:
         _raise_delivered(call, kind, count, start, start + length)
-    call.received = length
+    call.received += length
     try:
         if call.rebuilt is not None:
             if isinstance(call.rebuilt, Exception):
@@ -2112,8 +2150,8 @@ def _ending(process: _Process) -> tuple[type[MemIsolateError], str, dict[str, An
     return KilledBySignalError, ending, {"signal": number}
 
 
-# The drivers. No loop in them ends with an `if`: CPython 3.13 leaves the jump back that follows it, where signal
-# handlers run, out of the `with` block.
+# The drivers. Why a call is entered five times, _Call says. No loop here ends with an `if`: CPython 3.13 leaves the
+# jump back that follows it, where signal handlers run, out of the `with` block.
 
 
 def _run(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -2214,8 +2252,8 @@ async def execute_in_isolated_process_async(callable: Callable[P, R], /, *args: 
 async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Do the same while the asyncio event loop goes on; ``callable`` may be an ``async def`` function too.
 
-    That runs in an event loop of its own in the child. Cancelling kills and reaps the child before it returns. Of a
-    generator function of either kind it returns an asynchronous iterator.
+    That runs in an event loop of its own in the child. Cancelling kills and reaps the child before it returns. A
+    result is rebuilt in the loop's thread. Of a generator function of either kind it returns an asynchronous iterator.
     """
     __tracebackhide__ = True
     if _kind_of(callable):
@@ -2250,18 +2288,18 @@ def isolated(function: Any = None, /, *, timeout: float | None = None, memory_li
     """Make a function run isolated at every call: ``@isolated``, or ``@isolated(timeout=10, memory_limit=2**30)``.
 
     ``timeout``: seconds of wall clock for the whole call but the rebuilding of its result, a positive real number;
-    when they are over the child is killed and `CallableTimeoutError` raised. ``memory_limit``: bytes of private
-    memory that the callable may add to what the process has at the call, a positive int (Linux; elsewhere
-    `NotImplementedError`); Python code that wants more gets `MemoryError`. A bad value is a `TypeError` or
-    `ValueError` here, not at the call.
+    when they are over the child has 0.1 s to write its stack, is killed, and `CallableTimeoutError` raised.
+    ``memory_limit``: bytes of private memory that the callable may add to what the process has at the call, a positive
+    int (Linux; elsewhere `NotImplementedError`); Python code that wants more gets `MemoryError`. A bad value is a
+    `TypeError` or `ValueError` here, not at the call.
 
     Functions, ``async def`` functions, methods, static and class methods and other callables keep their signature,
     name and docs. The result is a plain function: it pickles by its name, which leads to it where it was decorated.
 
     Of a generator function one child runs the whole body, from when the first item is asked for. Items come as they
-    are yielded, then what the body returns or raises; ``timeout`` is for each item. The child may be some 64 MiB
-    ahead, and ends with the iterator, or with the thread that asked for the first item: it is killed, and no
-    ``finally`` of the body runs. ``send`` and ``throw`` do not reach the body.
+    are yielded, then what the body returns or raises; ``timeout`` is for each item, and ``memory_limit`` counts the
+    pickling of items. The child may be some 64 MiB ahead, and ends with the iterator, or with the thread that asked
+    for the first item: it is killed, and no ``finally`` of the body runs. ``send`` and ``throw`` do not reach the body.
     """
     _check_limits(timeout, memory_limit)
     timeout = None if timeout is None else float(timeout)

@@ -501,7 +501,7 @@ def test_what_a_system_cannot_do_is_refused_on_import_or_when_decorating(missing
 @fresh
 def test_it_does_without_what_only_linux_has(tmp_path):
     """Without memfd, pidfd and the like, as on macOS: by an unlinked temporary file, and libc's waiting alone."""
-    for place, name in [(os, "memfd_create"), (os, "pidfd_open"), (signal, "pidfd_send_signal"), (select, "epoll")]:
+    for place, name in [(os, "memfd_create"), (os, "pidfd_open"), (signal, "pidfd_send_signal"), (os, "preadv")]:
         vars(place).pop(name, None)
     tempfile.tempdir = tmp_path
     module = imported_anew()
@@ -513,6 +513,9 @@ def test_it_does_without_what_only_linux_has(tmp_path):
         raised(module.KilledBySignalError, anew, kill_self, signal.SIGTERM)
         raised(KeyError, anew, raise_it, KeyError(1))
         assert os.listdir(tmp_path) == []
+    module._libc_eventfd = None
+    pieces = [bytes([number % 256]) * 70_000 for number in range(400)]  # more than a socket takes messages
+    assert anew(lambda: pieces) == asyncio.run(module.execute_in_isolated_process_async(lambda: pieces)) == pieces
 
 
 @pytest.mark.parametrize("value", [None, 5, "len", [int]], ids=str)
@@ -1730,6 +1733,15 @@ def test_threading_tells_the_truth_in_the_child():
     assert call(look) == ("MainThread", 1, True)
 
 
+@fresh
+def test_no_audit_hook_runs_between_fork_and_repair():
+    """It would be bytecode, at which the child may wait for ever for a thread that it does not have."""
+    parent = os.getpid()
+    sys.addaudithook(lambda event, _: os._exit(9) if event.startswith("ctypes") and os.getpid() != parent else None)
+    with background_threads(lambda: time.sleep(0.01)):
+        assert call(square, 3) == 9
+
+
 @pytest.mark.skipif("t" not in getattr(sys, "abiflags", ""), reason="needs a free-threaded build")
 @fresh
 def test_free_threaded_build_refuses_to_fork_beside_other_threads():
@@ -2138,8 +2150,13 @@ def test_without_a_private_part_of_cpython_only_calls_beside_threads_are_refused
 @fresh
 def test_storm_of_alarms_changes_nothing(repeat):
     """Each of them cuts a system call short; none of that stretches a limit, either."""
-    alarms = []
-    signal.signal(signal.SIGALRM, lambda *_: alarms.append(None))
+    alarms, handled_in, parent = [], shared_numbers(2), os.getpid()
+
+    def handle(*_):
+        alarms.append(None)
+        handled_in[os.getpid() == parent] += 1
+
+    signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
     for number in range(repeat):
         assert call(square, number) == square(number)
@@ -2147,6 +2164,7 @@ def test_storm_of_alarms_changes_nothing(repeat):
     raised(CallableTimeoutError, isolated(timeout=0.2)(time.sleep), 10)
     signal.setitimer(signal.ITIMER_REAL, 0)
     assert len(alarms) > repeat / 2, f"only {len(alarms)} alarms: no storm"
+    assert handled_in[0] == 0, "an alarm of the parent was handled in a child, too"
 
 
 def assert_nothing_is_left_after_an_exception(before, where):
@@ -2261,6 +2279,12 @@ def test_a_clean_up_that_is_interrupted_again_and_again_goes_on(monkeypatch, own
     assert left == []
 
 
+class InterruptsAdvice(mmap.mmap):
+    def madvise(self, *_):
+        os.kill(os.getpid(), signal.SIGALRM)
+        wait_until(lambda: False, 5)
+
+
 def rebuild_slowly():
     signal.setitimer(signal.ITIMER_REAL, 0.001)
     wait_until(lambda: not signal.getitimer(signal.ITIMER_REAL)[0])
@@ -2268,9 +2292,17 @@ def rebuild_slowly():
 
 
 @fresh
+def test_child_in_which_a_step_fails_at_once_never_reaches_the_callers_code():
+    mem_isolate._freeze = functools.partial(raise_it, MemoryError())
+    assert failure(ChildSetupError, int).exit_status == 1
+
+
+@fresh
 def test_exception_of_a_handler_is_not_taken_for_one_of_the_result():
     signal.signal(signal.SIGALRM, interrupt)
     raised(Interrupt, call, lambda: OnPickle(lambda: (rebuild_slowly, ())))
+    mem_isolate.mmap = types.SimpleNamespace(**{**vars(mmap), "mmap": InterruptsAdvice})
+    raised(Interrupt, call, lambda: [holder_of(8 * MIB), holder_of(9 * MIB)])
     signal.setitimer(signal.ITIMER_REAL, 0.2)  # while the parent waits for the rest
     raised(Interrupt, call, lambda: [bytes(BULK), OnPickle(time.sleep, 60)])
     assert_no_child_is_left()
@@ -2362,12 +2394,14 @@ def test_ctrl_c_is_one_keyboard_interrupt():
 # ------------------------------------------------------------------------------------------------ Crashes and limits
 
 
+@pytest.mark.parametrize("without", ["nothing", "_libc_eventfd"])
 @fresh
-def test_no_descriptor_left_is_a_region_creation_error():
+def test_no_descriptor_left_is_a_region_creation_error(without):
     """And from some number of descriptors on, the call works."""
+    vars(mem_isolate)[without] = None
     highest, outcomes = max(int(name) for name in open_descriptors() if is_open(int(name))), []
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    for limit in [0, *range(highest + 1, highest + 7)]:
+    for limit in [0, *range(highest + 1, highest + 8)]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         try:
             outcomes.append(call(bytes, BULK) == bytes(BULK))
@@ -2482,14 +2516,24 @@ def test_an_outcome_that_cannot_be_written_is_a_result_delivery_error(size, disp
 @linux_only
 @pytest.mark.parametrize("size", [10, 100_000, 2 * MIB])
 @pytest.mark.parametrize("make", [patterned, holder_of], ids=["bytes", "buffer"])
-@pytest.mark.parametrize("spoil", ["close", "reuse", "fill"])
+@pytest.mark.parametrize("spoil", ["close", "reuse", "fill", "socket", "epoll"])
 def test_descriptors_lost_by_the_callable_spoil_neither_the_result_nor_a_file(spoil, make, size, tmp_path):
+    ours, theirs = socket.socketpair()
+
     def spoil_and(end, *arguments):
         descriptors = [int(name) for name in open_descriptors() if int(name) > 2]
+        os.dup2(ours.fileno(), 0)
         os.closerange(3, 4096)
-        if spoil == "reuse":  # all the numbers that there were, for a file with something in it
-            file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-            os.write(file, b"precious")
+        epoll = select.epoll()
+        if spoil in (
+            "reuse",
+            "socket",
+            "epoll",
+        ):  # all the numbers that there were, for a file with something in it, ...
+            file = 0 if spoil == "socket" else epoll.fileno()
+            if spoil == "reuse":
+                file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+                os.write(file, b"precious")
             for descriptor in {*descriptors, max(descriptors) + 1} - {file}:
                 os.dup2(file, descriptor)
         elif spoil == "fill":  # and for empty ones
@@ -2501,6 +2545,9 @@ def test_descriptors_lost_by_the_callable_spoil_neither_the_result_nor_a_file(sp
     assert call(spoil_and, lambda: value) == value
     raised(KeyError, call, spoil_and, raise_it, KeyError())
     assert {path.read_bytes() for path in tmp_path.iterdir()} <= ({b"precious"} if spoil == "reuse" else {b""})
+    ours.close()
+    with theirs:
+        assert theirs.recv(100) == b""
 
 
 @fresh_on_linux
@@ -2987,6 +3034,14 @@ def test_errors_and_debug_records_tell_outcome_pid_memory_and_time(outcome, capl
         assert outcome != "SIGKILL" or says_size(str(error), memory)
 
 
+def test_debug_record_of_a_generator_is_of_all_its_items(caplog):
+    with caplog.at_level(logging.DEBUG, "mem_isolate"):
+        for _ in isolated(lambda: (yield from [bytes(MIB)] * 3), timeout=60)():
+            time.sleep(0.1)
+    found = re.search(r"returned after (\S+) s, (\d+) bytes", caplog.text)
+    assert float(found[1]) > 0.3 and 3 * MIB < int(found[2]) < 4 * MIB
+
+
 def test_every_call_leaves_one_debug_record_and_none_at_other_levels(caplog):
     nameless = type("Nameless", (Broken,), {"__call__": os.abort})()
     for level, count in [(logging.INFO, 0), (logging.DEBUG, 3)]:
@@ -3254,6 +3309,8 @@ def test_python_code_gets_a_memory_error_which_arrives_as_such(limit):
     before = resource.getrlimit(resource.RLIMIT_DATA)
     caught = raised(MemoryError, isolated(memory_limit=limit, timeout=60)(lambda: [[] for _ in range(10**8)]))
     assert "MemoryError" in str(caught.__cause__)  # where memory is out, the interpreter may have no traceback
+    large = OnPickle(lambda: (len, (bytearray(64 * MIB),)))
+    raised(MemoryError, list, isolated(memory_limit=limit, timeout=60)(lambda: (yield large))())
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert len(bytearray(64 * MIB)) == 64 * MIB
 
@@ -3724,6 +3781,7 @@ def test_items_of_every_size_go_through_the_ring_whole_and_in_order(ring, withou
     """Wherever in the bulk they come to lie; sockets serve where there is no eventfd."""
     mem_isolate._RING = ring
     vars(mem_isolate)[without] = None
+    mem_isolate._read = lambda descriptor, _: os.read(descriptor, 8)  # of many messages in a socket, one
 
     for seed in range(2):
         expected = items_of_every_size(seed, 20 * ring)
