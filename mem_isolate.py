@@ -1365,7 +1365,8 @@ _action_memory = bytearray(256 * len(_FAULTS))
 # What libc knows of them, read anew for each call, and the addresses of the handlers in there.
 _fault_actions = [_SignalAction.from_buffer(_action_memory, 256 * index) for index in range(len(_FAULTS))]
 _fault_handlers = memoryview(_action_memory).cast("P")[:: 256 // struct.calcsize("P")]
-_FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+_FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)\n')
+_STACK = re.compile(r"^((?:Current thread|Thread) .*)\n((?:  File .*\n)*)", re.MULTILINE)
 _getrlimit, _LIMIT_OF_FILES, _UNLIMITED = resource.getrlimit, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
 _MAIN_THREAD, _get_ident = threading.main_thread().ident, threading.get_ident
 _WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to show that allocates memory
@@ -1427,10 +1428,10 @@ def _handler_of(number: int) -> int:
     return ctypes.c_void_p.from_buffer(action).value or 0
 
 
-def _is_of_this_file(name: str, line: int) -> bool:
+def _is_of_this_file(frame: traceback.FrameSummary) -> bool:
     own = _THIS_FILE.encode("ascii", "backslashreplace").decode()  # as faulthandler writes it
     # The tour's functions are users of this file as any others.
-    return name in (own, _THIS_FILE) and line < _tour.__code__.co_firstlineno
+    return frame.filename in (own, _THIS_FILE) and (frame.lineno or 0) < _tour.__code__.co_firstlineno
 
 
 def _read_report(bulk: int, place: int, fault: str) -> tuple[str, str]:
@@ -1439,28 +1440,20 @@ def _read_report(bulk: int, place: int, fault: str) -> tuple[str, str]:
     A process that the callable forked may have crashed and written one too: what begins with ``fault`` is the child's.
     """
     dump = os.pread(bulk, 1 << 24, place).decode("ascii", "backslashreplace")
-    start = dump.rfind(fault)
-    if start < 0 or not dump:
+    start = dump.rfind(fault) if fault else 0
+    if start < 0:
         return "", ""
-    blocks: list[str] = []
+    blocks = dump[start:].splitlines()[:1] if fault else []
     where: list[traceback.FrameSummary] = []
-    for block in re.split(r"\n(?=(?:Current thread|Thread) )", "\n" + (dump[start:] if fault else dump)):
-        head, *lines = block.strip("\n").splitlines() or [""]
-        if not head.startswith(("Thread", "Current thread")):
-            blocks += [head] if head else []
-            continue
-        frames = []
-        for line in lines:
-            found = _FRAME.match(line)
-            own = found is not None and _is_of_this_file(found[1], int(found[2]))
-            if found is None or own and found[3].split(".")[-1] == "run":  # where the child's own stack begins
-                break
-            if not own:
-                frames.append(traceback.FrameSummary(found[1], int(found[2]), found[3]))
-        if head.startswith("Current"):
+    for thread, lines in _STACK.findall(dump, start):
+        found = [traceback.FrameSummary(file, int(line), name) for file, line, name in _FRAME.findall(lines)]
+        # The child's own stack begins at its `run`.
+        called = takewhile(lambda frame: frame.name.split(".")[-1] != "run" or not _is_of_this_file(frame), found)
+        frames = [frame for frame in called if not _is_of_this_file(frame)]
+        if thread.startswith("Current"):
             where = frames
         shown = "".join(traceback.StackSummary.from_list(frames[::-1]).format())
-        blocks.append(head.replace("first", "last") + "\n" + (shown or "  (no Python frame)\n"))
+        blocks.append(thread.replace("first", "last") + "\n" + (shown or "  (no Python frame)\n"))
     return _in_few_words(where), "\n".join(blocks)
 
 
@@ -2457,16 +2450,12 @@ def _tour() -> int:
         state["changed"] = True
         return random.random()
 
-    def fail() -> None:
-        state["no such key"]
-
     def crash() -> None:
         ctypes.string_at(0)
 
     def leaks() -> tuple[bool, str]:
         before, child, after = resident(), execute_in_isolated_process(leak), resident()
-        said = f"the child grew to {child} MiB; the parent's RSS was {before} MiB before and is {after} MiB after"
-        return after - before < 8, said
+        return after - before < 8, f"the child grew to {child} MiB, the parent's RSS from {before} to {after} MiB"
 
     def changes() -> tuple[bool, str]:
         same = execute_in_isolated_process(change) == execute_in_isolated_process(change) == random.random()
@@ -2487,7 +2476,7 @@ def _tour() -> int:
         "leak 256 MiB of C memory": leaks,
         "change a global and the random state": changes,
         "return 64 MiB": returns,
-        "raise an exception": lambda: raises(KeyError, fail),
+        "raise an exception": lambda: raises(KeyError, lambda: state["no such key"]),
         "segfault": lambda: raises(KilledBySignalError, crash),
         "sleep 60 s, with timeout=0.3": lambda: raises(CallableTimeoutError, time.sleep, 60, timeout=0.3),
         "take 1 GiB, with memory_limit=256 MiB": lambda: raises(MemoryError, bytearray, 1 << 30, memory_limit=1 << 28),
@@ -2512,11 +2501,9 @@ def _tour() -> int:
 def _main(arguments: list[str]) -> int:
     import argparse
 
-    parser = argparse.ArgumentParser(
-        description="Without an option: a tour, which tries on this machine what mem_isolate promises."
-    )
+    parser = argparse.ArgumentParser(description="Without options: a tour, which tries here what mem_isolate promises.")
     parser.add_argument("--version", action="store_true", help="print version, date and SHA-256, to compare copies by")
-    if not parser.parse_known_args(arguments)[0].version:
+    if not parser.parse_args(arguments).version:
         return _tour()
     import hashlib
 
