@@ -87,26 +87,12 @@ else:
 
 
 __version__ = "1.1.0"
-__all__ = [
-    "execute_in_isolated_process",
-    "execute_in_isolated_process_async",
-    "isolated",
-    "use_huge_pages",
-    "MemIsolateError",
-    "CallableDidNotExecuteError",
-    "RegionCreationError",
-    "ForkError",
-    "ChildSetupError",
-    "CallableExecutedError",
-    "SerializationError",
-    "DeserializationError",
-    "ResultDeliveryError",
-    "CallableStatusUnknownError",
-    "KilledBySignalError",
-    "UnexpectedExitStatusError",
-    "CallableTimeoutError",
-    "WaitError",
-]
+__all__ = ["execute_in_isolated_process", "execute_in_isolated_process_async", "isolated", "use_huge_pages"]
+__all__ += ["MemIsolateError"]
+__all__ += ["CallableDidNotExecuteError", "RegionCreationError", "ForkError", "ChildSetupError"]
+__all__ += ["CallableExecutedError", "SerializationError", "DeserializationError", "ResultDeliveryError"]
+__all__ += ["CallableStatusUnknownError", "KilledBySignalError", "UnexpectedExitStatusError"]
+__all__ += ["CallableTimeoutError", "WaitError"]
 
 _logger = logging.getLogger("mem_isolate")
 
@@ -614,15 +600,12 @@ class _Writer:
 def _counter_if_still_ours(descriptors: list[int]) -> int:
     """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number."""
     another: list[int] = []
-    try:
+    with contextlib.suppress(OSError):
         found = os.fstat(descriptors[-1])
-        _make_counter(another, _EFD_CLOEXEC)
+        _make_counter(another, _EFD_CLOEXEC)  # closed when the child ends, which is soon
         # All eventfds are one inode, with epoll and its like, to which nothing can be written; sockets are not.
         return descriptors[-1] if os.path.samestat(found, os.fstat(another[0])) else -1
-    except OSError:
-        return -1
-    finally:
-        _drain(another, _libc_close)
+    return -1
 
 
 class _ItemSender:
@@ -875,10 +858,8 @@ def _exception_state(error: BaseException) -> dict[str, Any]:
     if _sets_its_own_state(type(error)):
         return {}
     names = [name for cls in type(error).__mro__ for name, kind in vars(cls).items() if isinstance(kind, _SLOT_TYPES)]
-    state = {
-        name: getattr(error, name) for name in names if name[:2] != "__" and name != "obj" and hasattr(error, name)
-    }
-    return {**state, **vars(error), "args": error.args}
+    names = [name for name in names if name[:2] != "__" and name != "obj" and hasattr(error, name)]
+    return {**{name: getattr(error, name) for name in names}, **vars(error), "args": error.args}
 
 
 def _set_exception_state(error: BaseException, state: dict[str, Any]) -> None:
@@ -1210,8 +1191,12 @@ class _Child:
                 if _getppid() not in (parent, 0):  # it died before that; 0 stands for one in another namespace
                     _libc_exit(1)
             _set_wakeup_fd(-1)  # the parent's event loop listens there
-            if setup:
-                self.set_up(setup)
+            try:
+                for step in setup:
+                    step()
+            except BaseException as error:
+                _deliver_failure(writer, _SETUP_FAILED, "the child could not be set up", error)
+                _libc_exit(1)
             streams, recursion_limit = _streams(), _getrecursionlimit()
             value = failure = None
             if unraisablehook is not None:
@@ -1252,14 +1237,6 @@ class _Child:
         except BaseException as error:
             self.failure = error
 
-    def set_up(self, steps: list[Callable[[], None]]) -> None:
-        try:
-            for step in steps:
-                step()
-        except BaseException as error:
-            _deliver_failure(self.writer, _SETUP_FAILED, "the child could not be set up", error)
-            _libc_exit(1)
-
     @property
     def deliver(self) -> None:
         """Deliver the last exception where signal handlers cut ``run`` short."""
@@ -1282,12 +1259,10 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
             _deliver_failure(writer, _UNWRITTEN if writer.failed else _UNPICKLABLE, what, error)
         return
     if writer.failed:  # an item could not be written
-        _deliver_failure(writer, _UNWRITTEN, "", failure)
-        return
+        return _deliver_failure(writer, _UNWRITTEN, "", failure)
     if isinstance(failure, _UnpicklableItem):
         what = f"an item, of type {failure.args[0]}, cannot be pickled (yield plain data instead)"
-        _deliver_failure(writer, _UNPICKLABLE, what, failure.__cause__ or failure)
-        return
+        return _deliver_failure(writer, _UNPICKLABLE, what, failure.__cause__ or failure)
     text = "an exception whose traceback cannot be shown"
     with contextlib.suppress(Exception):
         failure.with_traceback(_below_the_call(failure.__traceback__))
@@ -1323,9 +1298,7 @@ def _dump_text(write: Callable[[bytes], None], text: str) -> None:
     write(pickle.STOP)
 
 
-def _deliver_exception(
-    writer: _Writer, kind: int, text: str, error: BaseException | None, state: dict[str, Any]
-) -> None:
+def _deliver_exception(writer: _Writer, kind: int, text: str, error: Any, state: dict[str, Any]) -> None:
     """Deliver a text, and behind it an exception: so the text arrives whatever becomes of the exception."""
     writer.begin_anew()
     pickler = _ExceptionPickler(writer, 5, buffer_callback=writer.keep_out_of_band)
@@ -1491,7 +1464,6 @@ class _Process:
 
     def __init__(self) -> None:
         self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
-        self.opened: list[int] = []  # a file of the child's in /proc
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
         self.ending = _Words()
@@ -1519,9 +1491,7 @@ class _Process:
             elif pid == 0:
                 return False
             elif options == 0:
-                # EINTR, or a code that a signal handler has replaced by one of its own: a look tells.
-                if self.reap():
-                    return True
+                self.reap()  # EINTR, or a code that a signal handler has replaced by one of its own: a look tells
             elif ctypes.get_errno() != errno.EINTR:
                 self.wait_error = _os_error()  # ECHILD: somebody else reaped it, or SIGCHLD is ignored
                 self.gone = True
@@ -1643,16 +1613,10 @@ def _offer_to_the_kernel(process: _Process) -> None:
     """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
     if not _LINUX or _handler_of(signal.SIGCHLD) == 1:  # ignored: the pid may be another's by now
         return
-    opened = process.opened
-    try:
-        _keep(opened, _libc_no_errno.open, b"/proc/%d/oom_score_adj" % process.pid, os.O_RDWR | os.O_CLOEXEC)
-        score = ctypes.create_string_buffer(16)
+    with _tolerating(OSError), io.FileIO(f"/proc/{process.pid}/oom_score_adj", "r+") as score:
         # A child that is there after that was there at that: so the file is its own, whoever else reaps children.
-        if opened[0] >= 0 and not process.reap() and _libc_no_errno.read(opened[0], score, 15) > 0:
-            score.value = b"%d" % min(int(score.value) + 300, 1000)
-            _libc_no_errno.write(opened[0], score, len(score.value))
-    finally:
-        _drain(opened, _libc_close)
+        if not process.reap():
+            score.write(b"%d" % min(int(score.read()) + 300, 1000))
 
 
 # ---------------------------------------------------------------------------------------------------------- The call
@@ -1740,7 +1704,11 @@ class _Call:
         if asked or not process.timeout_signal:
             process.kill()
             return None
-        _ask_for_stack(self)
+        # It is to say where it is, and to end; it gets 0.1 s more for that.
+        self.deadline = _clock() + 0.1
+        self.report_at = os.lseek(self.shared.bulk[0], 0, os.SEEK_CUR)
+        with _tolerating(PermissionError):
+            process.send(process.timeout_signal)
         return self.look()
 
     def error(self, kind: type[MemIsolateError], message: str, **details: object) -> MemIsolateError:
@@ -1769,12 +1737,10 @@ class _Call:
         """Leave nothing behind; a second call goes on where the first was cut short, a third does nothing."""
         if self.ended:
             return False
-        process = self.process
         try:
-            if not process.gone and process.pid > 0:
-                process.kill()
-            _drain(process.opened, _libc_close)
-            _drain(process.watch, _libc_close)
+            if not self.process.gone and self.process.pid > 0:
+                self.process.kill()
+            _drain(self.process.watch, _libc_close)
         finally:
             if _rebuilding:
                 _wake_collector(id(self))
@@ -1783,14 +1749,6 @@ class _Call:
         self.rebuilt = None  # an exception refers to this call
         self.ended = True
         return True
-
-
-def _ask_for_stack(call: _Call) -> None:
-    """Let a child whose time is over say where it is, and end; it gets 0.1 s more for that."""
-    call.deadline = _clock() + 0.1
-    call.report_at = os.lseek(call.shared.bulk[0], 0, os.SEEK_CUR)
-    with _tolerating(PermissionError):
-        call.process.send(call.process.timeout_signal)
 
 
 def _need_frames(count: int) -> None:
@@ -1873,16 +1831,15 @@ def _sleep(call: _Call, seconds: float) -> None:
         time.sleep(_NAP)
         if call.shared.read_counter():
             return
-    poller = None
-    try:
-        poller = select.poll()
-    except AttributeError:  # eventlet takes it away, and lets others run in select
-        select.select([*process.watch, *counter[:1]], [], [], seconds)
-    if poller and not process.watch and call.timeout is None and not call.sends and "gevent" not in sys.modules:
+    descriptors = [*process.watch, *counter[:1]]
+    if not hasattr(select, "poll"):  # eventlet takes it away, and lets others run in select
+        select.select(descriptors, [], [], seconds)
+    elif not process.watch and call.timeout is None and not call.sends and "gevent" not in sys.modules:
         _offer_to_the_kernel(process)
         process.reap(0)
-    elif poller:
-        for descriptor in (*process.watch, *counter[:1]):
+    else:
+        poller = select.poll()
+        for descriptor in descriptors:
             poller.register(descriptor, select.POLLIN)
         ready = poller.poll(seconds * 1000)
         if len(ready) == 1 and [ready[0][0]] == process.watch:
@@ -1896,8 +1853,6 @@ async def _sleep_async(call: _Call, seconds: float) -> None:
 
     loop = asyncio.get_running_loop()
     descriptors = call.process.watch + (call.shared.counter[:1] if call.sends else [])
-    if not call.process.watch:
-        seconds = min(seconds, 0.02)
     woken = loop.create_future()
     try:
         for descriptor in descriptors:
@@ -2014,12 +1969,12 @@ class _ItemReceiver:
             raise self.call.error(DeserializationError, "the items were cut short")
         self.taken += len(memory)
         self.call.received += len(memory)
-        self.untold += len(memory)
-        self.tell()
+        self.tell(len(memory))
         return memory
 
-    def tell(self) -> None:
+    def tell(self, count: int = 0) -> None:
         """Let the child go on."""
+        self.untold += count
         with contextlib.suppress(BlockingIOError):  # a socket that is full: it will be told later
             _write(self.shared.room[-1], _WORD.pack(self.untold))
             self.untold = 0
@@ -2296,9 +2251,8 @@ def isolated(function: Any = None, /, *, timeout: float | None = None, memory_li
     """
     _check_limits(timeout, memory_limit)
     timeout = None if timeout is None else float(timeout)
-    if function is None:
-        return lambda function: _isolate(function, timeout, memory_limit)
-    return _isolate(function, timeout, memory_limit)
+    decorate = functools.partial(_isolate, timeout=timeout, memory_limit=memory_limit)
+    return decorate if function is None else decorate(function)
 
 
 def _isolate(function: Any, timeout: float | None, memory_limit: int | None) -> Any:
@@ -2371,25 +2325,23 @@ def use_huge_pages() -> int:
     again when much of them was replaced. Contents stay, RSS grows by at most 5 %. Left alone: memory that is mostly
     untouched, locked, a stack, or shared with a living process. Returns 0 where the system cannot do it.
     """
-    try:
-        with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as file:
-            size = int(file.read())
-    except OSError:
-        size = mmap.PAGESIZE * mmap.PAGESIZE // 8  # a sandbox may have no /sys
+    size = _PAGE * _PAGE // 8
+    with _tolerating(OSError), open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as file:
+        size = int(file.read())  # a sandbox may have no /sys
     if size != _HUGE_PAGE or _libc_madvise(0, 0, _MADV_COLLAPSE) != 0:  # the kernel does not know this advice
         return 0
     moved = 0
-    with _tolerating(OSError):  # /proc is not there, or not for a process that has changed its user
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            for first, last in _private_anonymous_mappings():
-                for start in range(first, last, 64 * _HUGE_PAGE):  # large steps through reservations of terabytes
-                    end = min(start + 64 * _HUGE_PAGE, last)
-                    if _resident(pagemap.fileno(), start, end) < _FULL:
-                        continue
-                    for block in range(start, end, _HUGE_PAGE):
-                        # Other threads may have mapped something else there by now: look again, just before.
-                        if _resident(pagemap.fileno(), block, block + _HUGE_PAGE) >= _FULL and _collapse(block):
-                            moved += _HUGE_PAGE
+    # /proc may not be there, or not for a process that has changed its user.
+    with _tolerating(OSError), open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        for first, last in _private_anonymous_mappings():
+            for start in range(first, last, 64 * _HUGE_PAGE):  # large steps through reservations of terabytes
+                end = min(start + 64 * _HUGE_PAGE, last)
+                if _resident(pagemap.fileno(), start, end) < _FULL:
+                    continue
+                for block in range(start, end, _HUGE_PAGE):
+                    # Other threads may have mapped something else there by now: look again, just before.
+                    if _resident(pagemap.fileno(), block, block + _HUGE_PAGE) >= _FULL and _collapse(block):
+                        moved += _HUGE_PAGE
     return moved
 
 
