@@ -483,8 +483,7 @@ def _make_counter(descriptors: list[int], flags: int, high: bool = False) -> Non
             _move_up(descriptors)  # and so closed where the callable executes something else
             _move_up(descriptors)
             # The parent reads counters without waiting, and writes what it took likewise.
-            os.set_blocking(descriptors[0], not flags & _EFD_NONBLOCK)
-            os.set_blocking(descriptors[1], bool(flags & _EFD_NONBLOCK))
+            os.set_blocking(descriptors[0 if flags & _EFD_NONBLOCK else 1], False)
     if descriptors[0] < 0:
         descriptors.clear()
         raise _os_error()
@@ -681,10 +680,6 @@ class _UnpicklableItem(Exception):
     """What stopped a generator in the child: its argument is the type of the item."""
 
 
-class _Abandoned(Exception):
-    """The child did not finish the stream that the parent has begun to read."""
-
-
 class _Reader(io.RawIOBase):
     """The parent's end of the stream; ``more`` waits until it goes on behind a position, and says up to where."""
 
@@ -794,7 +789,6 @@ def _map(shared: _Shared, position: int, length: int) -> memoryview:
 
 
 # ---------------------------------------------------------------------------------------------- Exceptions on their way
-
 
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
@@ -1158,7 +1152,6 @@ def _wake_collector(call: int | None = None) -> None:
 # --------------------------------------------------------------------------------------------------------- The child
 # Each object that the child touches costs it a page fault, since the reference count in it is written to, and so does
 # each cache that the parent did not fill: hence the local names, and what the parent prepares for the child.
-
 
 # There an exception of a property, though it goes nowhere, is told to sys.unraisablehook, which would print it.
 _REPORTS_PROPERTIES = sys.version_info >= (3, 13)
@@ -1878,7 +1871,7 @@ def _read_along(call: _Call) -> None:
             if seconds is None:
                 progress, kind, _, start, length = shared.header.tolist()
                 if (progress, kind) != (_DELIVERED, _RESULT):
-                    raise _Abandoned
+                    raise EOFError("the child did not finish its result")  # of which _outcome will say more
                 return start + length
             _sleep(call, seconds)
         return _REGION_SIZE + shared.published
@@ -1891,8 +1884,6 @@ def _read_along(call: _Call) -> None:
     reader = _Reader(shared, 0, more)
     try:
         call.rebuilt = [reader.unpickler(wait_for_buffers()).load()]
-    except _Abandoned:
-        call.rebuilt = []
     except Exception as error:
         _raise_if_from_handler(error)
         call.rebuilt = error
@@ -2281,9 +2272,8 @@ def _isolate(function: Any, timeout: float | None, memory_limit: int | None) -> 
         finally:
             await items.aclose()
 
-    kind = _kind_of(function)
     wrappers: dict[str, Any] = {"generator": generator, "async generator": async_generator}
-    chosen = wrappers.get(kind) or (async_wrapper if inspect.iscoroutinefunction(function) else wrapper)
+    chosen = wrappers.get(_kind_of(function)) or (async_wrapper if inspect.iscoroutinefunction(function) else wrapper)
     return functools.wraps(function)(chosen)
 
 
