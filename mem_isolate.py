@@ -1153,7 +1153,7 @@ def _wake_collector(call: int | None = None) -> None:
 # Each object that the child touches costs it a page fault, since the reference count in it is written to, and so does
 # each cache that the parent did not fill: hence the local names, and what the parent prepares for the child.
 
-# There an exception of a property, though it goes nowhere, is told to sys.unraisablehook, which would print it.
+# From 3.13 on an exception of a property, though it goes nowhere, is told to sys.unraisablehook, which would print it.
 _REPORTS_PROPERTIES = sys.version_info >= (3, 13)
 _say_nothing = id  # any function of C that takes one argument
 
