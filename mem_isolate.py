@@ -203,6 +203,7 @@ _libc_no_errno = PyDLL(None)  # likewise, where nobody asks for errno: to keep i
 _libc_fork = _libc_holding_gil.fork
 _libc_exit = _libc_no_errno._exit
 _libc_close = _libc_no_errno.close
+_libc_waitpid = _libc_no_errno.waitpid
 _libc_sigmask = _libc_no_errno.pthread_sigmask
 _libc_sigaction = _libc_no_errno.sigaction
 _libc_memcpy = _libc_no_errno.memcpy
@@ -541,7 +542,7 @@ class _Writer:
             if self.bulk < 0:
                 self.bulk = self.open_bulk()
                 # A child of the callable's has the bulk too, and could change it before the parent reads.
-                if self.publishes and _libc_no_errno.waitpid(-1, None, os.WNOHANG) < 0:
+                if self.publishes and _libc_waitpid(-1, None, os.WNOHANG) < 0:
                     self.counter = _counter_if_still_ours(self.shared.counter)
             written = 0
             while written < data.nbytes:
@@ -626,6 +627,7 @@ class _ItemSender:
         except MemoryError:  # which memory_limit may have caused, as anywhere in the body
             raise
         except Exception as error:
+            _raise_if_from_handler(error)
             raise _UnpicklableItem(type(item).__qualname__) from error
         if buffers:
             stream += struct.pack(f"={len(buffers)}Q", *[view.nbytes for view in buffers])
@@ -634,9 +636,10 @@ class _ItemSender:
         try:
             for part in (*parts, *buffers):
                 self.write(part)
-        except OSError:
-            self.writer.failed = True
+        except OSError as error:
+            self.writer.failed = not _is_from_handler(error)
             raise
+        self.writer.buffers = []
 
     def write(self, data: Any) -> None:
         """Write bytes as there comes to be room, and publish them."""
@@ -647,8 +650,8 @@ class _ItemSender:
                 self.taken += _read_told(self.room)  # waits
                 continue
             written = os.pwrite(self.bulk, data if len(data) <= room else memoryview(data)[:room], place)
+            self.sent += written  # first, for a handler may raise: the outcome is to come behind all that is published
             _write(self.counter, _WORD.pack(written))
-            self.sent += written
             if written == len(data):
                 return
             data = memoryview(data)[written:]
@@ -666,7 +669,9 @@ class _ItemSender:
                 except StopIteration as stop:
                     return stop.value
                 self.send(item)
+                del item  # or it would be there while the next is made
         finally:
+            writer.buffers = []
             # What comes now goes behind the items, for the parent may not have taken the last.
             writer.start = writer.position = _REGION_SIZE + min(self.sent, _RING)
             writer.bulk = self.bulk
@@ -674,6 +679,7 @@ class _ItemSender:
     async def send_async(self, items: AsyncIterator[Any]) -> None:
         async for item in items:
             self.send(item)
+            del item
 
 
 class _UnpicklableItem(Exception):
@@ -806,6 +812,8 @@ class _ExceptionPickler(pickle.Pickler):
         if reduces_itself or cls.__reduce_ex__ is not vars(object)["__reduce_ex__"]:
             return NotImplemented  # the class knows better
         reduced = obj.__reduce__()
+        if _builtin_base(cls).__name__ == "BaseExceptionGroup":  # made of these, whatever the args of a subclass are
+            reduced = cls, (obj.message, obj.exceptions), *reduced[2:]  # type: ignore[attr-defined]
         if _sets_its_own_state(cls):
             return (_new_exception, (cls, reduced[1]), *reduced[2:])
         return _new_exception, (cls, reduced[1]), _exception_state(obj), None, None, _set_exception_state
@@ -843,7 +851,10 @@ def _sets_its_own_state(cls: type[BaseException]) -> bool:
 def _new_exception(cls: type, arguments: tuple[Any, ...]) -> BaseException:
     base = _builtin_base(cls)
     error: BaseException = base.__new__(cls, *arguments)
-    base.__init__(error, *arguments)  # fills in what the class keeps in C, such as OSError.errno
+    if type(error) is not cls:  # OSError chooses a class by errno
+        error = base.__new__(cls)
+    with _tolerating(Exception):  # of args that are not what it was made of
+        base.__init__(error, *arguments)  # fills in what the class keeps in C, such as OSError.errno
     return error
 
 
@@ -933,7 +944,11 @@ def _other_threads() -> bool:
     """
     if _missing_parts:
         return threading.active_count() > 1
-    return any(map(_next_thread, map(_newest_thread, (_MAIN_INTERPRETER,))))
+    return any(_walk_to_another_thread())
+
+
+def _walk_to_another_thread() -> Iterator[Any]:
+    return map(_next_thread, map(_newest_thread, (_MAIN_INTERPRETER,)))
 
 
 def _find_child_hooks() -> list[Any]:
@@ -1035,15 +1050,17 @@ def _renew_streams() -> None:
 
     What the parent could not write yet is the parent's to write; and another thread may have been printing.
     """
-    for stream in (*_streams(), *(getattr(handler, "stream", None) for handler in _handlers())):
-        with contextlib.suppress(OSError, ValueError):  # closed or detached
-            buffer = getattr(stream, "buffer", None)
-            if isinstance(stream, io.TextIOWrapper) and isinstance(buffer, (io.BufferedWriter, io.BufferedRandom)):
+    for found in (*_streams(), *_handlers()):
+        with contextlib.suppress(Exception):  # it is closed or detached, or its attributes are computed
+            stream: Any = getattr(found, "stream", found)
+            buffer, kinds = stream.buffer, (io.BufferedWriter, io.BufferedRandom)
+            # The types themselves: a proxy can say that it is an instance of anything.
+            kind: Any = next((kind for kind in kinds if issubclass(type(buffer), kind)), None)
+            if kind and issubclass(type(stream), io.TextIOWrapper):
                 raw = buffer.raw
-                renew: Any = type(buffer).__init__  # with an empty buffer and a new lock
-                renew(buffer, io.BytesIO())  # for what waits in the stream itself
+                kind.__init__(buffer, io.BytesIO())  # with an empty buffer and a new lock, for what waits in the stream
                 io.TextIOWrapper.flush(stream)
-                renew(buffer, raw)
+                kind.__init__(buffer, raw)
     if _libc_fpurge is not None:
         for pointer in _C_STREAMS:
             _libc_fpurge(pointer)
@@ -1062,11 +1079,11 @@ def _renew_logging() -> None:
     logging._lock = threading.RLock()  # type: ignore[attr-defined]
     for handler in _handlers():
         if isinstance(getattr(handler, "lock", None), (*_LOCK_TYPES, type(threading.Lock()), type(threading.RLock()))):
-            handler.createLock()
-        queue: Any = getattr(handler, "queue", None)  # a QueueHandler's; what waits there is the parent's to handle
-        if hasattr(queue, "mutex") and hasattr(queue, "maxsize"):
-            renew: Any = type(queue).__init__
-            renew(queue, queue.maxsize)
+            logging.Handler.createLock(handler)
+        with contextlib.suppress(Exception):
+            queue = handler.queue  # a QueueHandler's; what waits there is the parent's to handle
+            if issubclass(type(queue), sys.modules["queue"].Queue):
+                sys.modules["queue"].Queue.__init__(queue, queue.maxsize)
 
 
 def _renew(hooks: list[Any]) -> None:
@@ -1098,6 +1115,8 @@ def _leave_event_loop() -> None:
         if task is not None:
             asyncio.tasks._leave_task(loop, task)
         asyncio._set_running_loop(None)
+    if asyncio.run.__module__ != "asyncio.runners":  # nest_asyncio's uses the loop that is set
+        asyncio.set_event_loop(asyncio.new_event_loop())
 
 
 def _leave_hubs() -> None:
@@ -1334,7 +1353,8 @@ _fault_handlers = memoryview(_action_memory).cast("P")[:: 256 // struct.calcsize
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)\n')
 _STACK = re.compile(r"^((?:Current thread|Thread) .*)\n((?:  File .*\n)*)", re.MULTILINE)
 _getrlimit, _LIMIT_OF_FILES, _UNLIMITED = resource.getrlimit, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
-_MAIN_THREAD, _get_ident = threading.main_thread().ident, threading.get_ident
+_MAIN_THREAD, _get_ident = threading.main_thread().ident or 0, threading.get_ident
+_SS_DISABLE = 2  # the flag of a stack_t that says there is none
 _WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to show that allocates memory
 
 
@@ -1351,6 +1371,7 @@ def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> 
     any(map(_libc_sigaction, _FAULT_NUMBERS, repeat(None), _fault_actions))
     if faulthandler.is_enabled() or any(_fault_handlers):
         process.in_child.append(enable)
+        process.kept = gc.get_referents(faulthandler)  # a file that the child must not finalise
         for number, action, handler in zip(_FAULT_NUMBERS, _fault_actions, _fault_handlers):
             if handler:
                 process.in_child.append(_step(_libc_sigaction, number, _SignalAction(*action), None))
@@ -1359,7 +1380,7 @@ def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> 
         process.after.append(_step(faulthandler.disable))
     if with_timeout:
         _let_report_timeouts(process, bulk, mask)
-    if _libc_sigaltstack is not None and _get_ident() != _MAIN_THREAD:
+    if _libc_sigaltstack is not None and _get_ident() != _thread_with_stack:
         # A handler for a stack overflow needs a stack of its own, which faulthandler gives to one thread only.
         theirs = ctypes.create_string_buffer(3 * ctypes.sizeof(ctypes.c_void_p))
         process.before.append(_step(_libc_sigaltstack, _alternative_stack(), theirs))
@@ -1377,14 +1398,39 @@ def _let_report_timeouts(process: _Process, bulk: int, mask: Any) -> None:
             return
 
 
+def _let_faulthandler_take_its_stack() -> int:
+    """Enable faulthandler once, and return the thread whose handlers have its stack from then on.
+
+    It gives one, for good, to the thread that enables it first; but not instead of one that a thread has already.
+    """
+    any(map(_libc_sigaction, _FAULT_NUMBERS, repeat(None), _fault_actions))
+    if faulthandler is None or faulthandler.is_enabled() or any(_fault_handlers) or _libc_sigaltstack is None:
+        return _MAIN_THREAD
+    before, after = (ctypes.create_string_buffer(struct.calcsize("@PiN")) for _ in range(2))
+    _libc_sigaltstack(None, before)
+    with open(os.devnull, "wb") as file:
+        faulthandler.enable(file)
+        faulthandler.disable()
+    _libc_sigaltstack(None, after)
+    if after.raw == before.raw:  # before 3.9 the interpreter does it when it starts
+        return _MAIN_THREAD
+    if struct.unpack("@PiN", before)[1] == _SS_DISABLE:
+        return _get_ident()
+    _libc_sigaltstack(before, None)
+    return 0
+
+
 @functools.lru_cache(maxsize=None)
 def _alternative_stack() -> Any:
     """A stack_t for handlers, made once: address, flags, size."""
     size, flags = 1 << 17, 0
     memory = _libc_mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if memory == _MAP_FAILED:
-        memory, flags, size = 0, 2, 0  # SS_DISABLE: an overflow will have no report
+        memory, flags, size = 0, _SS_DISABLE, 0  # an overflow will have no report
     return ctypes.create_string_buffer(struct.pack("@PiN", memory, flags, size))
+
+
+_thread_with_stack = _let_faulthandler_take_its_stack()
 
 
 def _handler_of(number: int) -> int:
@@ -1444,6 +1490,7 @@ def _in_few_words(frames: list[traceback.FrameSummary]) -> str:
 _RUN = ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))
 _DELIVER = ctypes.c_void_p(id("deliver"))
 _freeze, _chained = gc.freeze, chain.from_iterable
+_NOT_ALONE = -2
 
 
 class _Process:
@@ -1454,6 +1501,7 @@ class _Process:
     blocked = _ALL_BUT_FAULTS  # the signals that are, in the child, but while the callable runs
     wait_error: BaseException | None = None
     steps: Any = ()  # of the fork: to free them while the child lives would copy the pages that they share
+    kept: Any = ()
 
     def __init__(self) -> None:
         self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
@@ -1478,6 +1526,7 @@ class _Process:
         while not self.gone:
             pid = wait4(self.pids[0], ctypes.byref(self.ending), options, ctypes.byref(self.ending, _USAGE_AT))
             if pid > 0 and os.WIFSTOPPED(self.ending[_STATUS]):  # it asked to be traced, and would wait for ever
+                self.killed = True
                 self.send(signal.SIGKILL)
             elif pid > 0:
                 self.gone = True
@@ -1544,8 +1593,8 @@ class _Process:
         return costs
 
 
-def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> None:
-    """Fork; the child runs ``child`` and exits.
+def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> bool:
+    """Fork; the child runs ``child`` and exits. Return False if there are other threads by now, and ``threads`` is not.
 
     All of it is one step of C: the parent's part ends at the first call that returns something true, which is fork,
     with the pid; in the child fork returns 0, and the list goes on to its own end. So the pid cannot be lost, the
@@ -1569,7 +1618,12 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> None:
     address = ctypes.c_void_p(id(child))
     life = [step(_has_attribute, address, _RUN), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None)]
     life.append(starmap(_has_attribute, repeat((address, _DELIVER), 3)))
-    steps = [*before, *process.before, step(_libc_fork), *in_child, *process.in_child, *life, step(_libc_exit, 1)]
+    if threads or _missing_parts:
+        look_again: Iterator[Any] = iter(())
+    else:  # the last handlers may have started a thread; then there is this instead of a pid
+        look_again = map(operator.mul, map(bool, _walk_to_another_thread()), repeat(_NOT_ALONE))
+    before += [*process.before, look_again, step(_libc_fork)]
+    steps = [*before, *in_child, *process.in_child, *life, step(_libc_exit, 1)]
     process.steps = steps, after, child
     try:
         process.pids.extend(chain(islice(filter(None, _chained(steps)), 1), _chained(after)))
@@ -1580,9 +1634,12 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> None:
             for undo in after:
                 with contextlib.suppress(RuntimeError):  # the import lock is not held yet
                     any(undo)
+    if process.pids[0] == _NOT_ALONE:
+        return False
     if process.pids[0] < 0:
         cause = _os_error()
         raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
+    return True
 
 
 def _watch_end(process: _Process) -> None:
@@ -1660,18 +1717,9 @@ class _Call:
         if self.sends:
             run = _ItemSender(writer).send_all
         function, args = (run, (self.function, *args)) if run else (self.function, args)
-        mask = _Words()
-        _libc_sigmask(_SIG_BLOCK, None, mask)
-        _let_report(self.process, shared.bulk[0], mask, self.timeout is not None)
-        threads = _other_threads()  # as late as can be, since threads of C may come at any moment
-        _refuse_unsafe_fork(threads)
-        setup, teardown = _child_setup(self, threads, flushed)
-        child = _Child(writer, mask, self.process.blocked, setup, teardown, function, args, kwargs)
-        _fork(self.process, child, mask, threads)
+        while not _launch(self, writer, flushed, function, args, kwargs):
+            self.process = _Process()
         _watch_end(self.process)
-        if _MADV_DONTFORK and (threads or run is not None):
-            # A later child, forked while this one runs, does not get this region to scribble on.
-            _libc_madvise_quick(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
 
     def look(self) -> float | None:
         """Look at the child: return the seconds until the next look, or None when it is gone; at the deadline, kill it.
@@ -1744,6 +1792,23 @@ class _Call:
         return True
 
 
+def _launch(call: _Call, writer: _Writer, flushed: bool, function: Any, args: Any, kwargs: Any) -> bool:
+    """Fork; return False if another thread has come up meanwhile, which a signal handler may have started."""
+    process, shared, mask = call.process, call.shared, _Words()
+    _libc_sigmask(_SIG_BLOCK, None, mask)
+    _let_report(process, shared.bulk[0], mask, call.timeout is not None)
+    threads = _other_threads()
+    _refuse_unsafe_fork(threads)
+    setup, teardown = _child_setup(call, threads, flushed)
+    child = _Child(writer, mask, process.blocked, setup, teardown, function, args, kwargs)
+    if not _fork(process, child, mask, threads):
+        return False
+    if _MADV_DONTFORK and (threads or function is not call.function):
+        # A later child, forked while this one runs, does not get this region to scribble on.
+        _libc_madvise_quick(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
+    return True
+
+
 def _need_frames(count: int) -> None:
     """Raise RecursionError while nothing is held yet, if what follows would meet the recursion limit half-way."""
     if count:
@@ -1786,16 +1851,19 @@ def _child_setup(call: _Call, threads: bool, flushed: bool) -> tuple[list[Callab
 
 def _close_others(own: _Shared) -> None:
     """Close what belongs to other threads' calls, or this child would keep the memory of their results."""
+    kept = {*own.bulk, *own.counter, *own.room}
     for shared in list(_in_flight.values()):
         if shared is not own:
+            for numbers in (shared.bulk, shared.counter, shared.room):  # stale ones where os.fork copied this process
+                numbers[:] = set(numbers) - kept
             shared.close_descriptors()
 
 
 def _data_size() -> int:
     """The private memory of this process, in bytes."""
     try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
+        with open("/proc/self/status", "rb") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith(b"VmData:"))
     except (OSError, StopIteration) as error:
         _raise_if_from_handler(error)
         raise NotImplementedError(f"memory_limit needs /proc, to know what the process has already: {error}") from error
@@ -1810,7 +1878,7 @@ def _limit_memory(most: int, limits: tuple[int, int]) -> None:
 
 
 def _lift_memory_limit(limits: tuple[int, int]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the callable lowered the hard limit
+    with contextlib.suppress(Exception):  # the callable lowered the hard limit, or left a hook that refuses
         resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
@@ -1903,10 +1971,10 @@ class _ItemReceiver:
         """Those items that are there already."""
         while True:
             self.stay_in_this_process()
-            item = next(items)
-            if item is _NOT_YET:
+            found = [next(items)]
+            if found[0] is _NOT_YET:
                 return
-            yield item
+            yield found.pop()  # and it is kept nowhere here, so that it goes when the reader drops it
 
     def stay_in_this_process(self) -> None:
         if _getpid() != self.shared.parent:
@@ -1929,13 +1997,16 @@ class _ItemReceiver:
                 many = yield from self.wait()
                 self.chunk = memoryview(self.read(bytearray(min(many, _READ_AHEAD))))
                 continue
-            # One that has buffers, or that is not whole in what was read.
-            length, count = _ITEM.unpack((yield from self.take(bytearray(_ITEM.size))))
-            stream = yield from self.take(bytearray(length))
-            buffers = []
-            for size in stream[length - 8 * count :].cast("Q"):
-                buffers.append((yield from self.take(_new_memory(size))))
-            yield self.rebuild(stream, buffers)
+            yield (yield from self.take_item())
+
+    def take_item(self) -> Generator[Any, None, Any]:
+        """Rebuild one that has buffers, or that is not whole in what was read."""
+        length, count = _ITEM.unpack((yield from self.take(bytearray(_ITEM.size))))
+        stream = yield from self.take(bytearray(length))
+        buffers = []
+        for size in stream[length - 8 * count :].cast("Q"):
+            buffers.append((yield from self.take(_new_memory(size))))
+        return self.rebuild(stream, buffers)
 
     def wait(self) -> Generator[Any, None, int]:
         """Wait until there is something to read; return how many bytes in one piece."""
@@ -2316,7 +2387,7 @@ def use_huge_pages() -> int:
     untouched, locked, a stack, or shared with a living process. Returns 0 where the system cannot do it.
     """
     size = _PAGE * _PAGE // 8
-    with _tolerating(OSError), open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as file:
+    with _tolerating(OSError), open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "rb") as file:
         size = int(file.read())  # a sandbox may have no /sys
     if size != _HUGE_PAGE or _libc_madvise(0, 0, _MADV_COLLAPSE) != 0:  # the kernel does not know this advice
         return 0
