@@ -51,6 +51,7 @@ import traceback
 import types
 import typing
 import warnings
+import weakref
 from pathlib import Path
 
 import mem_isolate
@@ -1127,6 +1128,19 @@ class OwnNew(Exception):
         self.two = two
 
 
+class OwnNewGroup(getattr(builtins, "ExceptionGroup", Exception)):
+    """As the documentation of ExceptionGroup has it."""
+
+    def __new__(cls, errors, exit_code):
+        return changed(super().__new__(cls, f"exit code: {exit_code}", errors), exit_code=exit_code)
+
+
+class OneArgument(UnicodeDecodeError):
+    def __init__(self, reason):
+        super().__init__("utf-8", b"abc", 0, 1, reason)
+        self.args = (reason,)
+
+
 class AttemptError(OSError):
     """An OSError with its own ``__init__``, where C fills its fields in ``__init__`` and not in ``__new__``."""
 
@@ -1175,12 +1189,14 @@ EXCEPTIONS = [
     *(subprocess.CalledProcessError(3, ["cmd"], b"out", b"err"), noted(json.JSONDecodeError("bad", "document", 3))),
     *(TwoArguments(1, "one"), noted(TwoArguments(2, "two")), KeywordOnly(path="/p"), WithSlots("here"), OwnNew(1, 2)),
     *(AttemptError(3, errno.EACCES), KeyedOSError(errno.ENOENT, "no such key", "/k"), FrozenError(4), StrRaises("s")),
+    *(OneArgument("why"), changed(OSError("old"), args=(errno.ENOENT, "no file"))),
 ]
 if sys.version_info >= (3, 11):
     inner_group = builtins.ExceptionGroup("inner", [KeyError("k"), noted(OSError(2, "no file", "/x"))])
     EXCEPTIONS += [
         noted(builtins.ExceptionGroup("outer", [TwoArguments(1, "one"), inner_group])),
         builtins.BaseExceptionGroup("base", [KeyboardInterrupt(), SystemExit(4)]),
+        OwnNewGroup([TwoArguments(1, "one"), KeyError()], 3),
     ]
 
 
@@ -1733,6 +1749,82 @@ def test_threading_tells_the_truth_in_the_child():
     assert call(look) == ("MainThread", 1, True)
 
 
+class OtherQueue(queue.Queue):
+    def __init__(self, name, size):
+        super().__init__(size)
+
+
+class OtherBuffer(io.BufferedWriter):
+    def __init__(self, path):
+        super().__init__(io.FileIO(path, "w"))
+
+
+class OtherHandler(logging.StreamHandler):
+    stream = property(lambda self: raise_it(RuntimeError("not open")), lambda self, stream: None)
+
+    def createLock(self):
+        vars(self).setdefault("created", []).append(1)
+        assert self.created == [1]
+        super().createLock()
+
+
+class Proxy:
+    """Says that it is what it stands for, as Flask's stream for errors does."""
+
+    __class__ = property(lambda self: type(sys.stderr))
+
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
+
+
+@pytest.mark.parametrize("kind", ["queue", "buffer", "stream", "proxy"])
+def test_handlers_of_other_kinds_keep_no_child_from_starting_beside_a_thread(kind):
+    handler = {
+        "queue": lambda: logging.handlers.QueueHandler(OtherQueue("name", 3)),
+        "buffer": lambda: logging.StreamHandler(io.TextIOWrapper(OtherBuffer(os.devnull))),
+        "stream": OtherHandler,
+        "proxy": lambda: logging.StreamHandler(Proxy()),
+    }[kind]()
+    with background_threads(lambda: time.sleep(0.01)):
+        assert call(square, 3) == 9
+    handler.close()
+
+
+@fresh
+def test_thread_that_a_signal_handler_starts_just_before_the_fork_is_no_danger():
+    """There is bytecode between the look for threads and the fork: of handlers, too."""
+    usual, ended, looks = mem_isolate._handle_signals, threading.Event(), []
+
+    def start_a_thread():
+        if not looks:
+            threading.Thread(target=ended.wait, daemon=True).start()
+        looks.append(usual())
+
+    mem_isolate._handle_signals = start_a_thread
+    assert call(lambda: len(sys._current_frames())) == 1 and len(looks) == 4
+    assert_no_child_is_left()
+    ended.set()
+
+
+@linux_only
+@pytest.mark.parametrize("where", ["main thread", "thread"])
+@fresh(env={"PYTHONFAULTHANDLER": ""})
+def test_stack_for_signal_handlers_is_left_to_the_thread(where):
+    size = 1 << 18
+    memory, theirs, found = (ctypes.c_char * size)(), *((ctypes.c_size_t * 3)() for _ in range(2))
+
+    def check():
+        for flags in (2, 0):  # none, and one of its own
+            theirs[:] = [ctypes.addressof(memory), flags, size]
+            LIBC.sigaltstack(theirs, None)
+            LIBC.sigaltstack(None, theirs)
+            assert "string_at" in str(failure(KilledBySignalError, ctypes.string_at, 0))
+            LIBC.sigaltstack(None, found)
+            assert found[:] == theirs[:]
+
+    check() if where == "main thread" else in_thread(check)
+
+
 @fresh
 def test_no_audit_hook_runs_between_fork_and_repair():
     """It would be bytecode, at which the child may wait for ever for a thread that it does not have."""
@@ -1971,6 +2063,29 @@ def test_what_a_traceback_keeps_of_a_call_is_no_memory():
     for view in [item for item in gc.get_objects() if type(item) is memoryview]:
         with contextlib.suppress(ValueError):  # released
             bytes(view[:1]), bytes(view[-1:])
+
+
+@fresh_on_linux
+def test_calls_of_a_daemon_that_was_forked_during_a_call_keep_their_descriptors():
+    """It has closed all that there were, as daemons do, so that its own get the same numbers."""
+    started = shared_numbers(1)
+    threading.Thread(target=call, args=(lambda: (started.__setitem__(0, 1), time.sleep(60)),), daemon=True).start()
+    wait_until(lambda: started[0])
+    child = os.fork()
+    if child == 0:
+        os.closerange(3, 5000)
+        good = list(isolated(countdown)(3)) == [3, 2, 1] and call(bytes, BULK) == bytes(BULK)
+        os._exit(0 if good and "string_at" in str(failure(KilledBySignalError, ctypes.string_at, 0)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@fresh
+def test_file_that_only_faulthandler_holds_is_not_finalised_in_a_child():
+    faulthandler.enable(tempfile.NamedTemporaryFile())
+    (file,) = (found for found in gc.get_referents(faulthandler) if hasattr(found, "name"))
+    name = file.name
+    del file
+    assert call(square, 3) == 9 and os.path.exists(name)
 
 
 @linux_only
@@ -2831,7 +2946,8 @@ def test_in_another_pid_namespace_no_file_of_a_stranger_or_of_the_callable_is_wr
 
 @linux_only
 def test_child_that_asked_to_be_traced_does_not_stay_behind():
-    raised(KilledBySignalError, call, lambda: (LIBC.ptrace(0, 0, 0, 0), kill_self(signal.SIGTERM)))  # PTRACE_TRACEME
+    error = failure(KilledBySignalError, lambda: (LIBC.ptrace(0, 0, 0, 0), kill_self(signal.SIGTERM)))  # PTRACE_TRACEME
+    assert "memory" not in str(error)
 
 
 def test_a_stop_is_not_taken_for_the_end_of_a_child_that_is_killed(monkeypatch):
@@ -3317,7 +3433,9 @@ def test_python_code_gets_a_memory_error_which_arrives_as_such(limit):
 
 @linux_only
 def test_result_of_nearly_the_memory_limit_can_be_returned():
-    """Also one that takes as much again to pickle."""
+    """Also one that takes as much again to pickle, and where the limit cannot be lifted."""
+    broken = functools.partial(raise_it, RuntimeError())
+    assert isolated(memory_limit=32 * MIB)(lambda: setattr(resource, "setrlimit", broken))() is None
     for kind in (bytes, bytearray, lambda size: ["€" * (size // 3)]):
         assert isolated(memory_limit=32 * MIB)(kind)(30 * MIB) == kind(30 * MIB)
 
@@ -3532,6 +3650,30 @@ def test_callable_may_use_asyncio_whatever_loop_runs_in_the_parent(run_in_a_loop
     run_in_a_loop(main())
 
 
+def test_callable_has_an_event_loop_of_its_own_where_asyncio_run_is_patched(monkeypatch):
+    """As by nest_asyncio, whose ``run`` uses the loop that is set."""
+    steps = shared_numbers(2)
+
+    async def other_task(parent=os.getpid()):
+        while True:
+            steps[os.getpid() == parent] += 1
+            await asyncio.sleep(0)
+
+    async def sleep():
+        await asyncio.sleep(0.05)
+
+    async def main():
+        other = asyncio.ensure_future(other_task())
+        await asyncio.sleep(0)
+        monkeypatch.setattr(asyncio, "run", lambda main: asyncio.get_event_loop().run_until_complete(main))
+        await isolated(sleep)()
+        other.cancel()
+
+    usual = asyncio.run
+    usual(main())
+    assert steps[1] > 1 and steps[0] == 0
+
+
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EMFILE], ids=errno.errorcode.get)
 def test_calls_work_where_pidfd_open_fails(monkeypatch, error):
     monkeypatch.setattr(mem_isolate, "_pidfd_open", lambda *_: raise_it(OSError(error, os.strerror(error))))
@@ -3725,6 +3867,49 @@ def test_item_that_the_child_cuts_short_is_an_error():
     assert "cut short" in str(raised(DeserializationError, next, items))
 
 
+@pytest.mark.parametrize("when", ["pickled", "written", "full"])
+@fresh_on_linux
+def test_handler_that_raises_in_a_generator_arrives_behind_what_was_yielded(when):
+    def body():
+        signal.signal(signal.SIGALRM, interrupt)
+        yield os.getpid()
+        yield from "ab"
+        if when == "pickled":
+            yield OnPickle(os.kill, os.getpid(), signal.SIGALRM)
+        elif when == "written":
+            mem_isolate._write = lambda *data: (os.write(*data), os.kill(os.getpid(), signal.SIGALRM))
+            yield "c"
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        while True:
+            yield bytes(MIB)
+
+    items = isolated(body, timeout=60)()
+    child, got = next(items), []
+    wait_until(lambda: ") Z" in Path(f"/proc/{child}/stat").read_text())
+    with pytest.raises(Interrupt):
+        got.extend(items)
+    expected = {"pickled": ["a", "b"], "written": ["a", "b", "c"]}
+    assert got[:3] == expected.get(when, ["a", "b", bytes(MIB)])
+
+
+@linux_only
+def test_an_item_is_kept_neither_while_the_next_is_made_nor_when_the_reader_drops_it():
+    def body():
+        for _ in range(3):
+            yield Holder(bytearray(40 * MIB))
+
+    async def body_async():
+        for item in body():
+            yield item
+            del item
+
+    limited = isolated(memory_limit=100 * MIB)
+    assert len(list(limited(body)())) == len(asyncio.run(collect(limited(body_async)()))) == 3
+    items = limited(body)()
+    dropped = weakref.ref(next(items))
+    assert dropped() is None
+
+
 def test_generator_may_keep_processes_of_its_own():
     def lines():
         with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -3763,6 +3948,10 @@ def test_large_result_is_rebuilt_while_it_is_made_and_leaves_the_collector_as_it
         gc.set_threshold(*before)
 
 
+def then_append_to(returned, items):
+    returned.append((yield from items))
+
+
 def items_of_every_size(seed, most):
     chance = random.Random(seed)
     for _ in range(100):
@@ -3771,7 +3960,7 @@ def items_of_every_size(seed, most):
         yield chance.choice(
             [plain, Holder(bytearray(plain)), [plain[:99], Holder(bytearray(plain)), Holder(plain[:500])]]
         )
-    return patterned(1_000_000)
+    return [Holder(bytearray(patterned(300_000))), patterned(1_000_000)]
 
 
 @pytest.mark.parametrize("without", ["nothing", "_libc_eventfd"])
@@ -3785,10 +3974,12 @@ def test_items_of_every_size_go_through_the_ring_whole_and_in_order(ring, withou
 
     for seed in range(2):
         expected = items_of_every_size(seed, 20 * ring)
-        for number, item in enumerate(isolated(items_of_every_size, timeout=60)(seed, 20 * ring)):
-            assert item == next(expected), (seed, number)
+        returned = []
+        for item in then_append_to(returned, isolated(items_of_every_size, timeout=60)(seed, 20 * ring)):
+            assert item == next(expected), seed
             assert not isinstance(item, Holder) or not memoryview(item.buffer).readonly
-        assert raised(StopIteration, next, expected).value == patterned(1_000_000)
+        assert returned == [[Holder(bytearray(patterned(300_000))), patterned(1_000_000)]]
+        assert raised(StopIteration, next, expected).value[1] == patterned(1_000_000)
 
 
 @fresh_on_linux
