@@ -1008,7 +1008,7 @@ def _keep_what_threads_own() -> Iterator[Any]:
     The repair deletes the states of the other threads. What only they kept alive would be finalised: files deleted
     under the parent, connections closed. No bytecode may run before the repair, so iterators of C do it: they walk
     the states, whose next function takes no notice of its second argument, and copy a pointer out of each. (To read it
-    by ``from_address`` would call audit hooks, which are bytecode.)
+    by ``from_address`` would call audit hooks, which are bytecode; from 3.14 on, any call through ctypes does.)
     """
 
     def owned(offset: int) -> Iterator[Any]:
@@ -1371,7 +1371,7 @@ def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> 
     any(map(_libc_sigaction, _FAULT_NUMBERS, repeat(None), _fault_actions))
     if faulthandler.is_enabled() or any(_fault_handlers):
         process.in_child.append(enable)
-        process.kept = gc.get_referents(faulthandler)  # a file that the child must not finalise
+        process.kept = gc.get_referents(faulthandler)  # up to 3.13, a file that the child must not finalise
         for number, action, handler in zip(_FAULT_NUMBERS, _fault_actions, _fault_handlers):
             if handler:
                 process.in_child.append(_step(_libc_sigaction, number, _SignalAction(*action), None))
@@ -1505,6 +1505,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
+        self.opened: list[int] = []  # a file of the child's in /proc
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
         self.ending = _Words()
@@ -1663,10 +1664,16 @@ def _offer_to_the_kernel(process: _Process) -> None:
     """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
     if not _LINUX or _handler_of(signal.SIGCHLD) == 1:  # ignored: the pid may be another's by now
         return
-    with _tolerating(OSError), io.FileIO(f"/proc/{process.pid}/oom_score_adj", "r+") as score:
+    opened = process.opened
+    try:
+        _keep(opened, _libc_no_errno.open, b"/proc/%d/oom_score_adj" % process.pid, os.O_RDWR | os.O_CLOEXEC)
+        score = ctypes.create_string_buffer(16)
         # A child that is there after that was there at that: so the file is its own, whoever else reaps children.
-        if not process.reap():
-            score.write(b"%d" % min(int(score.read()) + 300, 1000))
+        if opened[0] >= 0 and not process.reap() and _libc_no_errno.read(opened[0], score, 15) > 0:
+            score.value = b"%d" % min(int(score.value) + 300, 1000)
+            _libc_no_errno.write(opened[0], score, len(score.value))
+    finally:
+        _drain(opened, _libc_close)
 
 
 # ---------------------------------------------------------------------------------------------------------- The call
@@ -1781,6 +1788,7 @@ class _Call:
         try:
             if not self.process.gone and self.process.pid > 0:
                 self.process.kill()
+            _drain(self.process.opened, _libc_close)
             _drain(self.process.watch, _libc_close)
         finally:
             if _rebuilding:
