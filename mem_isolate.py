@@ -114,7 +114,7 @@ class MemIsolateError(Exception):
     exit_status: int | None = None
     #: The child's process id; None before there was one.
     pid: int | None = None
-    #: The most memory that the child had resident, in bytes, what it inherited included; None where unknown, as long as
+    #: The most memory that the child had resident, in bytes, what it inherited included; None where unknown, and while
     #: it runs.
     peak_memory: int | None = None
     #: What the child used of the processors, in seconds, user and system; None where unknown.
