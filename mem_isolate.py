@@ -691,14 +691,16 @@ class _Reader(io.RawIOBase):
 
     def __init__(self, shared: _Shared, position: int, more: Callable[[int], int]) -> None:
         self.shared, self.position, self.more = shared, position, more
-        self.loaded: io.BytesIO | None = None  # the rest of the stream, where the bulk is needed for something else
+        self.loaded: memoryview | None = None  # the rest of the stream, where the bulk is needed for something else
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         if self.loaded is not None:
-            return self.loaded.readinto(buffer)
+            count = min(len(buffer), len(self.loaded))
+            buffer[:count], self.loaded = self.loaded[:count], self.loaded[count:]
+            return count
         count = max(min(len(buffer), self.more(self.position) - self.position), 0)
         _read_stream(self.shared, self.position, memoryview(buffer)[:count])
         self.position += count
@@ -711,9 +713,8 @@ class _Reader(io.RawIOBase):
 
     def load(self, end: int) -> None:
         """Read the rest of the stream at once."""
-        self.loaded = io.BytesIO(bytes(max(end - self.position, 0)))
-        with self.loaded.getbuffer() as view:
-            _read_stream(self.shared, self.position, view)
+        rest = memoryview(bytearray(max(end - self.position, 0)))
+        self.loaded = _read_stream(self.shared, self.position, rest)
 
     def take_buffers(self, count: int, end: int) -> list[Any]:
         """All buffers of a stream, each in memory of its own that nobody else can change; the largest is mapped."""
