@@ -1409,7 +1409,7 @@ def _let_faulthandler_take_its_stack() -> int:
         return _MAIN_THREAD
     before, after = (ctypes.create_string_buffer(struct.calcsize("@PiN")) for _ in range(2))
     _libc_sigaltstack(None, before)
-    with open(os.devnull, "wb") as file:
+    with _tolerating(OSError), open(os.devnull, "wb") as file:  # a chroot may have none
         faulthandler.enable(file)
         faulthandler.disable()
     _libc_sigaltstack(None, after)
@@ -1491,7 +1491,7 @@ def _in_few_words(frames: list[traceback.FrameSummary]) -> str:
 _RUN = ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))
 _DELIVER = ctypes.c_void_p(id("deliver"))
 _freeze, _chained = gc.freeze, chain.from_iterable
-_NOT_ALONE = -2
+_NOT_ALONE = -2  # instead of a pid: there was no fork, for another thread had come up
 
 
 class _Process:
@@ -1502,10 +1502,10 @@ class _Process:
     blocked = _ALL_BUT_FAULTS  # the signals that are, in the child, but while the callable runs
     wait_error: BaseException | None = None
     steps: Any = ()  # of the fork: to free them while the child lives would copy the pages that they share
-    kept: Any = ()
+    kept: Any = ()  # what the child's faulthandler must not be the last to let go
 
     def __init__(self) -> None:
-        self.pids: list[int] = []  # the child's, or -1 where fork failed, and behind it what the last steps returned
+        self.pids: list[int] = []  # the child's, -1 or _NOT_ALONE where there is none; then what the last steps returned
         self.opened: list[int] = []  # a file of the child's in /proc
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
@@ -1726,7 +1726,7 @@ class _Call:
             run = _ItemSender(writer).send_all
         function, args = (run, (self.function, *args)) if run else (self.function, args)
         while not _launch(self, writer, flushed, function, args, kwargs):
-            self.process = _Process()
+            self.process = _Process()  # the steps of the other are used up
         _watch_end(self.process)
 
     def look(self) -> float | None:

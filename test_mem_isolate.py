@@ -1823,6 +1823,8 @@ def test_stack_for_signal_handlers_is_left_to_the_thread(where):
             assert found[:] == theirs[:]
 
     check() if where == "main thread" else in_thread(check)
+    os.devnull = "/does/not/exist"
+    assert imported_anew().execute_in_isolated_process(square, 3) == 9
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="ctypes tells them of every call")
