@@ -1505,7 +1505,7 @@ class _Process:
     kept: Any = ()  # what the child's faulthandler must not be the last to let go
 
     def __init__(self) -> None:
-        self.pids: list[int] = []  # the child's, -1 or _NOT_ALONE where there is none; then what the last steps returned
+        self.pids: list[int] = []  # the child's, -1 or _NOT_ALONE where there is none; then what last steps returned
         self.opened: list[int] = []  # a file of the child's in /proc
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
