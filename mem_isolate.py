@@ -414,7 +414,7 @@ class _Shared:
     def read_counter(self) -> bool:
         """Add what the child has published since; return whether that was anything."""
         before = self.published
-        with contextlib.suppress(BlockingIOError):
+        with _tolerating(BlockingIOError):
             self.published += _read_told(self.counter[0])
             while _libc_eventfd is None:  # sockets may hold more messages than are read at once
                 self.published += _read_told(self.counter[0])
@@ -872,7 +872,7 @@ def _set_exception_state(error: BaseException, state: dict[str, Any]) -> None:
     for name, value in state.items():
         if value is None and getattr(error, name, error) is None:
             continue  # OSError shows a None that was set, and does not show one that was not
-        with contextlib.suppress(AttributeError, TypeError):  # some cannot be set: ExceptionGroup.message
+        with _tolerating(AttributeError, TypeError):  # some cannot be set: ExceptionGroup.message
             object.__setattr__(error, name, value)  # the class's own may refuse, as a frozen dataclass does
 
 
@@ -1165,7 +1165,7 @@ def _wake_collector(call: int | None = None) -> None:
     if gc.get_threshold()[0]:
         _resting.clear()  # the result has set its own
     else:
-        with contextlib.suppress(KeyError):  # another thread has just done it
+        with _tolerating(KeyError):  # another thread has just done it
             any(starmap(gc.set_threshold, map(_resting.pop, ("thresholds",))))
 
 
@@ -2046,7 +2046,7 @@ class _ItemReceiver:
     def tell(self, count: int = 0) -> None:
         """Let the child go on."""
         self.untold += count
-        with contextlib.suppress(BlockingIOError):  # a socket that is full: it will be told later
+        with _tolerating(BlockingIOError):  # a socket that is full: it will be told later
             _write(self.shared.room[-1], _WORD.pack(self.untold))
             self.untold = 0
 
@@ -2159,7 +2159,7 @@ def _ending(process: _Process) -> tuple[type[MemIsolateError], str, dict[str, An
         status = os.WEXITSTATUS(status)
         return UnexpectedExitStatusError, f"it ended with status {status}", {"exit_status": status}
     number = os.WTERMSIG(status)
-    with contextlib.suppress(ValueError):  # a real-time signal has no name
+    with _tolerating(ValueError):  # a real-time signal has no name
         number = Signals(number)
     ending = f"it was killed by {getattr(number, 'name', f'signal {number}')}"
     if number == signal.SIGKILL and not process.killed:
