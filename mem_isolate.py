@@ -47,6 +47,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 from itertools import accumulate, chain, islice, repeat, starmap, takewhile
 from math import inf
 from signal import Signals
@@ -370,7 +371,7 @@ _NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartru
 _RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
 
 # Where the bulk's descriptor stands for what is written at its position, the child's stack: far behind any result.
-_REPORT_AT = 1 << 60 if sys.maxsize > 2**32 else 1 << 40
+_REPORT_AT = 1 << 40  # bytes, which ext4 allows
 # High numbers are out of the way of the callable's own descriptors; elsewhere than on Linux, of the standard streams'.
 _LOWEST_NUMBERS = (1000, 512, 64, 3) if _LINUX else (3,)  # select takes none from 1,024 on
 # fcntl's third argument is variadic, which ctypes cannot pass everywhere; Python's own gives the GIL away.
@@ -438,7 +439,8 @@ class _Shared:
             if view is not None:
                 view.release()  # nobody may look there any more, a debugger in a traceback's frames included
         self.close_descriptors()
-        _drain(self.mapping, _libc_munmap, _SHARED_SIZE)
+        if _getpid() == self.parent:  # in a process forked meanwhile, something else may lie there
+            _drain(self.mapping, _libc_munmap, _SHARED_SIZE)
 
 
 def _read_told(descriptor: int) -> int:
@@ -564,7 +566,7 @@ class _Writer:
         """The bulk's descriptor: the parent's, opened anew, for the callable may have closed or reused the child's."""
         number = self.shared.bulk[0]
         # In the /proc of another pid namespace the parent's number would be somebody else's.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # of an `open` that the callable or a test replaced, too
             if os.readlink("/proc/self") == str(_getpid()):
                 with open(f"/proc/{self.shared.parent}/fd/{number}", "r+b", buffering=0) as file:
                     number = fcntl.fcntl(file.fileno(), _F_DUPFD_CLOEXEC, 3)  # not as stdout
@@ -619,8 +621,13 @@ class _ItemSender:
         shared = writer.shared
         self.writer, self.bulk, self.counter, self.room = writer, shared.bulk[0], shared.counter[-1], shared.room[0]
         self.sent = self.taken = 0  # bytes
+        self.streams = sys.stdout, sys.stderr
+        self.pid = 0
 
     def send(self, item: Any) -> None:
+        if _getpid() != self.pid:
+            _libc_exit(0)  # a process that the body forked came back out of it
+        _flush_text(*self.streams)  # the reader may leave at this item, and the child is killed then
         buffers = self.writer.buffers = []
         try:
             stream = pickle.dumps(item, 5, buffer_callback=self.writer.keep_out_of_band)
@@ -658,7 +665,7 @@ class _ItemSender:
 
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a generator function of either kind to its end in the child; return what it returns."""
-        writer = self.writer
+        writer, self.pid = self.writer, _getpid()
         try:
             items = function(*args, **kwargs)
             if isinstance(items, types.AsyncGeneratorType):
@@ -709,7 +716,7 @@ class _Reader(io.RawIOBase):
         return count
 
     def unpickler(self, buffers: Iterable[Any]) -> pickle.Unpickler:
-        return pickle.Unpickler(io.BufferedReader(self, _READ_AHEAD), buffers=buffers)
+        return _Unpickler(io.BufferedReader(self, _READ_AHEAD), buffers=buffers)
 
     def load(self, end: int) -> None:
         """Read the rest of the stream at once."""
@@ -803,6 +810,11 @@ _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
 class _ExceptionPickler(pickle.Pickler):
     """Pickles exceptions to be rebuilt without ``__init__``, which may want other arguments than ``args``."""
 
+    def persistent_id(self, obj: Any) -> Any:
+        """Functions of this file go by name alone: ``sys.modules`` may have another copy in its place, or none."""
+        name: Any = obj.__name__ if type(obj) is FunctionType else None
+        return name if name and globals().get(name) is obj else None
+
     def reducer_override(self, obj: Any) -> Any:
         cls = type(obj)
         if isinstance(obj, type) and issubclass(obj, BaseException) and not _is_found_by_name(obj):
@@ -817,7 +829,14 @@ class _ExceptionPickler(pickle.Pickler):
             reduced = cls, (obj.message, obj.exceptions), *reduced[2:]  # type: ignore[attr-defined]
         if _sets_its_own_state(cls):
             return (_new_exception, (cls, reduced[1]), *reduced[2:])
+        if isinstance(obj, OSError) and obj.errno is None and obj.args[:1] != (None,):
+            reduced = cls, ()  # its __init__, unlike that of OSError, has taken no errno out of its arguments
         return _new_exception, (cls, reduced[1]), _exception_state(obj), None, None, _set_exception_state
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, name: str) -> Any:
+        return globals()[name]
 
 
 def _is_found_by_name(cls: type) -> bool:
@@ -865,7 +884,7 @@ def _exception_state(error: BaseException) -> dict[str, Any]:
         return {}
     names = [name for cls in type(error).__mro__ for name, kind in vars(cls).items() if isinstance(kind, _SLOT_TYPES)]
     names = [name for name in names if name[:2] != "__" and name != "obj" and hasattr(error, name)]
-    return {**{name: getattr(error, name) for name in names}, **vars(error), "args": error.args}
+    return {**{name: getattr(error, name) for name in names}, "__dict__": vars(error), "args": error.args}
 
 
 def _set_exception_state(error: BaseException, state: dict[str, Any]) -> None:
@@ -1030,8 +1049,8 @@ def _streams() -> tuple[Any, ...]:
     return stdout, stderr, sys.__stdout__, sys.__stderr__
 
 
-def _flush(*streams: Any) -> bool:
-    """Flush streams of Python, and C's stdout and stderr; one that is closed or broken breaks nothing, but is told."""
+def _flush_text(*streams: Any) -> bool:
+    """Flush streams of Python; one that is closed or broken breaks nothing, but is told."""
     flushed = True
     for stream in streams:
         try:
@@ -1040,6 +1059,12 @@ def _flush(*streams: Any) -> bool:
         except Exception as error:
             _raise_if_from_handler(error)
             flushed = False
+    return flushed
+
+
+def _flush(*streams: Any) -> bool:
+    """Flush them, and C's stdout and stderr."""
+    flushed = _flush_text(*streams)
     for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
         if _libc_fpending is None or _libc_fpending(pointer):
             _libc.fflush(pointer)
@@ -1276,10 +1301,13 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
     if isinstance(failure, _UnpicklableItem):
         what = f"an item, of type {failure.args[0]}, cannot be pickled (yield plain data instead)"
         return _deliver_failure(writer, _UNPICKLABLE, what, failure.__cause__ or failure)
-    text = "an exception whose traceback cannot be shown"
-    with contextlib.suppress(Exception):
+    try:
         failure.with_traceback(_below_the_call(failure.__traceback__))
         text = "".join(traceback.format_exception(type(failure), failure, failure.__traceback__))
+    except Exception:  # of a chain that is too long, of a SyntaxError that was made of anything
+        text = _say(failure)
+        with contextlib.suppress(Exception):
+            text = "".join(traceback.format_tb(failure.__traceback__)) + text
     try:
         try:
             _deliver_exception(writer, _RAISED, text, failure, _exception_state(failure))
@@ -1293,10 +1321,17 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
 def _below_the_call(frames: types.TracebackType | None) -> types.TracebackType | None:
     """Leave out the frames of this file that called the callable."""
     run: Any = vars(_Child)["run"]
-    callers = run.fget.__code__, _ItemSender.send_all.__code__, _run_coroutine.__code__
-    while frames is not None and frames.tb_frame.f_code in callers:
+    sender = _ItemSender
+    callers = run.fget.__code__, sender.send_all.__code__, sender.send_async.__code__, _run_coroutine.__code__
+    kept: Any = []
+    while frames is not None:
+        if frames.tb_frame.f_code not in callers:
+            kept.append(frames)
         frames = frames.tb_next
-    return frames
+    for entry, following in zip(kept, kept[1:]):
+        if entry.tb_next is not following:  # to set it takes the longer the more there are
+            entry.tb_next = following
+    return kept[0] if kept else None
 
 
 def _dump_text(write: Callable[[bytes], None], text: str) -> None:
@@ -1330,7 +1365,8 @@ def _deliver_failure(writer: _Writer, kind: int, what: str, error: BaseException
             except Exception:
                 return _deliver_exception(writer, kind, message, None, {})
     # Where the bulk cannot be written: in the place that was kept free for this.
-    said, cause = pickle.dumps(f"its outcome could not be written: {_say(error)}"[:1000]), pickle.dumps((None, {}))
+    message = f"its outcome could not be written: {_say(error)}"[:500] + (text and f"\n{text[-500:]}")
+    said, cause = pickle.dumps(message), pickle.dumps((None, {}))
     with contextlib.suppress(Exception):
         pickled = pickle.dumps((error, {}))
         cause = pickled if len(said + pickled) <= _LAST_WORDS_SIZE else cause
@@ -1361,9 +1397,9 @@ _WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to s
 
 def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> None:
     """Add steps to the fork, so that the child can say where it crashed or hung; nobody's handlers are touched."""
-    if faulthandler is None or _getrlimit(_LIMIT_OF_FILES)[0] != _UNLIMITED:
-        return  # beyond that limit the child would die of SIGXFSZ instead
     try:
+        if faulthandler is None or _getrlimit(_LIMIT_OF_FILES)[0] != _UNLIMITED:
+            return  # beyond that limit the child would die of SIGXFSZ instead
         os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
     except OSError as error:  # the file system knows no files as large as that
         _raise_if_from_handler(error)
@@ -1452,7 +1488,8 @@ def _read_report(bulk: int, place: int, fault: str) -> tuple[str, str]:
 
     A process that the callable forked may have crashed and written one too: what begins with ``fault`` is the child's.
     """
-    dump = os.pread(bulk, 1 << 24, place).decode("ascii", "backslashreplace")
+    size = min(max(os.fstat(bulk).st_size - place, 0), 1 << 24)
+    dump = os.pread(bulk, size, place).decode("ascii", "backslashreplace")
     start = dump.rfind(fault) if fault else 0
     if start < 0:
         return "", ""
@@ -1609,7 +1646,8 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> bool:
     # A signal that has come, but whose handler has not run, would be handled in the child too. Most are handled before
     # signals are blocked, since a process that a handler starts inherits the mask.
     before = [step(_handle_signals), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask), step(_handle_signals)]
-    in_child = [step(_freeze)]
+    in_parent = [True]
+    in_child = [step(in_parent.clear), step(_freeze)]
     if _REPORTS_PROPERTIES:
         in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
     after = [*process.after, step(_libc_sigmask, _SIG_SETMASK, mask, None)]
@@ -1617,7 +1655,7 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> bool:
         before.append(step(_imp.acquire_lock))  # the repair makes it anew
         in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]
         after.insert(0, step(_imp.release_lock))
-    address = ctypes.c_void_p(id(child))
+    address, end = ctypes.c_void_p(id(child)), step(_libc_exit, 1)
     life = [step(_has_attribute, address, _RUN), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None)]
     life.append(starmap(_has_attribute, repeat((address, _DELIVER), 3)))
     if threads or _missing_parts:
@@ -1625,14 +1663,14 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> bool:
     else:  # the last handlers may have started a thread; then there is this instead of a pid
         look_again = map(operator.mul, map(bool, _walk_to_another_thread()), repeat(_NOT_ALONE))
     before += [*process.before, look_again, step(_libc_fork)]
-    steps = [*before, *in_child, *process.in_child, *life, step(_libc_exit, 1)]
+    steps = [*before, *in_child, *process.in_child, *life, end]
     process.steps = steps, after, child
     try:
         process.pids.extend(chain(islice(filter(None, _chained(steps)), 1), _chained(after)))
     finally:
         if not process.pids:  # a step raised: before the fork or, where memory is exhausted, in the child
-            if _getpid() != child.writer.shared.parent:
-                _libc_exit(1)
+            if not in_parent:
+                any(end)  # without asking for memory
             for undo in after:
                 with contextlib.suppress(RuntimeError):  # the import lock is not held yet
                     any(undo)
@@ -1693,6 +1731,7 @@ class _Call:
     report_at = _REPORT_AT
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
     received = 0  # bytes of the result
+    most_memory = 0  # that the child may have, in bytes, where there is a limit
     looks = 0  # at the child, so far
     hurried = False  # whether a generator's last item came just now
 
@@ -1718,6 +1757,8 @@ class _Call:
         try:
             _in_flight[id(self)] = shared
             shared.make(self.sends)
+            if self.memory_limit is not None:
+                self.most_memory = _data_size() + self.memory_limit
         except (OSError, MemoryError) as error:
             _raise_if_from_handler(error)
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
@@ -1792,7 +1833,7 @@ class _Call:
             _drain(self.process.opened, _libc_close)
             _drain(self.process.watch, _libc_close)
         finally:
-            if _rebuilding:
+            if _rebuilding or _resting:
                 _wake_collector(id(self))
             self.shared.release()
             _in_flight.pop(id(self), None)
@@ -1853,7 +1894,7 @@ def _child_setup(call: _Call, threads: bool, flushed: bool) -> tuple[list[Callab
         setup.append(_leave_hubs)
     if call.memory_limit is not None:
         limits = resource.getrlimit(resource.RLIMIT_DATA)
-        setup.append(functools.partial(_limit_memory, _data_size() + call.memory_limit, limits))
+        setup.append(functools.partial(_limit_memory, call.most_memory, limits))
         teardown = functools.partial(_lift_memory_limit, limits)
     return setup, teardown
 
@@ -1871,9 +1912,9 @@ def _close_others(own: _Shared) -> None:
 def _data_size() -> int:
     """The private memory of this process, in bytes."""
     try:
-        with open("/proc/self/status", "rb") as status:
-            return next(int(line.split()[1]) << 10 for line in status if line.startswith(b"VmData:"))
-    except (OSError, StopIteration) as error:
+        with io.FileIO("/proc/self/status") as status:  # `open` may be replaced, as by a test
+            return int(status.readall().partition(b"VmData:")[2].split()[0]) << 10
+    except (FileNotFoundError, PermissionError, IndexError) as error:
         _raise_if_from_handler(error)
         raise NotImplementedError(f"memory_limit needs /proc, to know what the process has already: {error}") from error
 
@@ -2098,7 +2139,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
     unpickler: Any = None
     try:
         if kind == _UNWRITTEN:
-            unpickler = pickle.Unpickler(io.BytesIO(call.shared.region[_REGION_SIZE : _REGION_SIZE + end - start]))
+            unpickler = _Unpickler(io.BytesIO(call.shared.region[_REGION_SIZE : _REGION_SIZE + end - start]))
         else:
             reader = _Reader(call.shared, start, lambda _: end)
             unpickler = reader.unpickler(reader.take_buffers(count, end))
@@ -2127,11 +2168,13 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
     name, process = _name(call.function), call.process
     kind, ending, details = _ending(process)
+    if call.sends and "most likely" in ending:
+        ending += ", or because the thread that asked for the first item has ended"
     fault = _FAULTS.get(details.get("signal"))  # type: ignore[arg-type]
     where = report = ""
     if process.expired or fault:
         head = "" if process.expired else f"Fatal Python error: {fault}"
-        with _tolerating(OSError, ValueError):
+        with _tolerating(Exception):  # of want of memory, or of a late import to show source lines
             where, report = _read_report(call.shared.bulk[0], call.report_at, head)
     if process.expired:
         cannot = process.killed and not isinstance(process.wait_error, (ChildProcessError, type(None)))
@@ -2211,12 +2254,16 @@ async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, A
     with call, call, call, call, call:
         receiver = _ItemReceiver(call)
         items = receiver.items()
-        call.start(args, kwargs)
-        for seconds in chain(iter(call.look, None), (0,)):  # once more when the child is gone
-            await _sleep_async(call, seconds)
-            for item in receiver.published(items):
-                yield item
-        _outcome(call)
+        forgotten = weakref.finalize(receiver, call.give_back)  # for nobody closes it where its loop is closed
+        try:
+            call.start(args, kwargs)
+            for seconds in chain(iter(call.look, None), (0,)):  # once more when the child is gone
+                await _sleep_async(call, seconds)
+                for item in receiver.published(items):
+                    yield item
+            _outcome(call)
+        finally:
+            forgotten.detach()
 
 
 def _need_loop() -> None:
@@ -2266,6 +2313,10 @@ def execute_in_isolated_process(callable: Callable[P, R], /, *args: P.args, **kw
 async def execute_in_isolated_process_async(
     callable: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs
 ) -> R: ...
+@overload
+async def execute_in_isolated_process_async(
+    callable: Callable[P, Iterator[R]], /, *args: P.args, **kwargs: P.kwargs
+) -> AsyncIterator[R]: ...
 @overload
 async def execute_in_isolated_process_async(callable: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
 async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -2318,7 +2369,8 @@ def isolated(function: Any = None, /, *, timeout: float | None = None, memory_li
     Of a generator function one child runs the whole body, from when the first item is asked for. Items come as they
     are yielded, then what the body returns or raises; ``timeout`` is for each item, and ``memory_limit`` counts the
     pickling of items. The child may be some 64 MiB ahead, and ends with the iterator, or with the thread that asked
-    for the first item: it is killed, and no ``finally`` of the body runs. ``send`` and ``throw`` do not reach the body.
+    for the first item: it is killed, no ``finally`` of the body runs, and what C's stdio holds of its is lost; what it
+    printed by Python is not. ``send`` and ``throw`` do not reach the body.
     """
     _check_limits(timeout, memory_limit)
     timeout = None if timeout is None else float(timeout)

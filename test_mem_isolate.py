@@ -257,6 +257,7 @@ def state_of_the_caller():
         "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
         "handlers": {int(number): signal.getsignal(number) for number in signal.valid_signals()},
         "threads": threading.active_count(),
+        "collector": gc.get_threshold(),
     }
 
 
@@ -758,6 +759,8 @@ asynchronous: Callable[[str], Coroutine[Any, Any, bytes]] = isolated(fetch)
 async def main() -> None:
     data: bytes = await isolated(fetch)("here", retries=2) + await execute_in_isolated_process_async(fetch, "here")
     text: str = await execute_in_isolated_process_async(scale, 1, by=3.0) + await Parser.class_method(1)
+    async for number in await execute_in_isolated_process_async(count, 3): print(number + 1)
+    for number in await execute_in_isolated_process_async(count, 3): print(number)  # refused
     (await execute_in_isolated_process_async(fetch, "here")).nothing  # refused
     (await execute_in_isolated_process_async(scale, 1)).nothing  # refused
     await execute_in_isolated_process_async(fetch, 5)  # refused
@@ -1151,6 +1154,16 @@ class AttemptError(OSError):
         self.attempt = attempt
 
 
+class ReplyError(OSError):
+    """Leaves to C nothing to fill in, as the errors of smtplib; and ``reply`` is of the class and of the object."""
+
+    def __init__(self, code, text):
+        self.args = (code, text)
+        vars(self)["reply"] = text
+
+    reply = property(lambda self: vars(self)["reply"])
+
+
 class KeyedOSError(KeyError, OSError):
     """Two builtin bases, of which not the first but the second keeps something in C."""
 
@@ -1191,7 +1204,7 @@ EXCEPTIONS = [
     *(subprocess.CalledProcessError(3, ["cmd"], b"out", b"err"), noted(json.JSONDecodeError("bad", "document", 3))),
     *(TwoArguments(1, "one"), noted(TwoArguments(2, "two")), KeywordOnly(path="/p"), WithSlots("here"), OwnNew(1, 2)),
     *(AttemptError(3, errno.EACCES), KeyedOSError(errno.ENOENT, "no such key", "/k"), FrozenError(4), StrRaises("s")),
-    *(OneArgument("why"), changed(OSError("old"), args=(errno.ENOENT, "no file"))),
+    *(OneArgument("why"), changed(OSError("old"), args=(errno.ENOENT, "no file")), ReplyError(535, "no")),
 ]
 if sys.version_info >= (3, 11):
     inner_group = builtins.ExceptionGroup("inner", [KeyError("k"), noted(OSError(2, "no file", "/x"))])
@@ -1340,6 +1353,20 @@ def test_an_exception_of_a_class_that_nobody_can_import_arrives_as_itself():
         assert vars(raised(SetsItsState, form, error)) == {"attribute": [1], "restored": ("told",)}
 
 
+@pytest.mark.parametrize("registered", ["", "another copy"])
+def test_exceptions_arrive_where_sys_modules_does_not_hold_this_very_module(registered, monkeypatch):
+    specification = importlib.util.spec_from_file_location("of_a_plugin", mem_isolate.__file__)
+    plugin = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(plugin)
+    if registered:
+        monkeypatch.setitem(sys.modules, "of_a_plugin", mem_isolate)
+    for error in (KeyError("key"), AttemptError(3, errno.EACCES), local_class()("here")):
+        arrived = raised(type(error), plugin.execute_in_isolated_process, raise_it, error)
+        assert exception_state(arrived) == exception_state(error)
+    end = functools.partial(plugin.execute_in_isolated_process, os._exit)
+    assert raised(plugin.UnexpectedExitStatusError, plugin.isolated(end), 3).exit_status == 3
+
+
 def test_reports_of_pytest_and_ipython_hide_the_frames_of_the_module():
     for function, arguments in ((divmod, [1, 0]), (os._exit, [3]), (threading.Lock, [])):
         for form in forms(function):
@@ -1395,11 +1422,12 @@ def test_after_a_call_that_failed_nothing_keeps_its_arguments_or_result():
 # ------------------------------------------------------------------------------------------------------------ Output
 
 
-def say(who):
+def say(who, by_c=True):
     """Print ``<who stream>`` on each stream, unflushed and without the newline that might flush it."""
     for name in ("stdout", "stderr"):
         getattr(sys, name).write(f"<{who} {name}>")
-    LIBC.puts(f"<{who} C>".encode())
+    if by_c:
+        LIBC.puts(f"<{who} C>".encode())
 
 
 def print_around_calls():
@@ -1420,6 +1448,8 @@ def print_around_calls():
             call(say_and, who, *end)
     with contextlib.suppress(UnexpectedExitStatusError):
         call(os._exit, 1)
+    for _ in call(lambda: (yield say("left", by_c=False)) or time.sleep(60)):
+        break
     say("after")
 
 
@@ -1440,7 +1470,8 @@ def test_nothing_printed_is_lost_or_doubled(kind, tmp_path):
                 printed += part
         os.close(read)
     speakers = ["before", "between", "after", "child", "raising", "leaving", "unpicklable", "outer", "inner"]
-    expected = sorted(f"<{who} {stream}>" for who in speakers for stream in ("stdout", "stderr", "C"))
+    expected = [f"<{who} {stream}>" for who in speakers for stream in ("stdout", "stderr", "C")]
+    expected = sorted([*expected, "<left stdout>", "<left stderr>"])
     assert sorted(re.findall(r"<[^>]*>", printed.decode())) == expected
 
 
@@ -2414,10 +2445,23 @@ def rebuild_slowly():
     return "rebuilt"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("_testcapi") is None, reason="needs _testcapi")
 @fresh
-def test_child_in_which_a_step_fails_at_once_never_reaches_the_callers_code():
-    mem_isolate._freeze = functools.partial(raise_it, MemoryError())
-    assert failure(ChildSetupError, int).exit_status == 1
+def test_memory_that_fails_around_the_fork_never_lets_the_child_out_into_the_callers_code():
+    testcapi, parent, let_out = importlib.import_module("_testcapi"), os.getpid(), shared_numbers(1)
+    for many in (2, 4, 8):
+        for first in range(100, 320):
+            testcapi.set_nomemory(first, first + many)
+            try:
+                call(testcapi.remove_mem_hooks)
+            except BaseException:
+                pass
+            testcapi.remove_mem_hooks()
+            if os.getpid() != parent:
+                let_out[0] += 1
+                os._exit(0)
+            reap_all()
+    assert not let_out[0]
 
 
 @fresh
@@ -2522,12 +2566,13 @@ def test_ctrl_c_is_one_keyboard_interrupt():
 def test_no_descriptor_left_is_a_region_creation_error(without):
     """And from some number of descriptors on, the call works."""
     vars(mem_isolate)[without] = None
+    limited = isolated(memory_limit=1 << 30)(bytes) if sys.platform.startswith("linux") else isolated(bytes)
     highest, outcomes = max(int(name) for name in open_descriptors() if is_open(int(name))), []
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     for limit in [0, *range(highest + 1, highest + 8)]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         try:
-            outcomes.append(call(bytes, BULK) == bytes(BULK))
+            outcomes.append(limited(BULK) == bytes(BULK))
         except RegionCreationError as error:
             assert error.__cause__.errno == errno.EMFILE
             assert (error.pid, error.peak_memory, error.cpu_time) == (None, None, None)
@@ -2536,6 +2581,15 @@ def test_no_descriptor_left_is_a_region_creation_error(without):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         assert max(int(name) for name in open_descriptors() if is_open(int(name))) == highest
     assert outcomes == sorted(outcomes) and outcomes[:2] == [False, False] and outcomes[-2:] == [True, True]
+
+
+@fresh_on_linux
+def test_a_parent_with_little_memory_left_tells_where_a_child_crashed_or_hung():
+    crash, hang = (ctypes.string_at, 0), (time.sleep, 60)
+    raised(KilledBySignalError, call, go_wrong, *crash)
+    leave_address_space(8 * MIB)
+    for arguments in (crash, hang):
+        assert "go_wrong" in str(raised(CallableStatusUnknownError, isolated(timeout=0.5)(go_wrong), *arguments))
 
 
 @fresh_on_linux
@@ -2871,6 +2925,7 @@ def test_outcome_is_right_whatever_the_callable_did():
         if isinstance(outcomes[what], MemIsolateError):
             del outcomes[what], expected[what]
     assert outcomes == expected, outcomes
+    assert call(lambda: setattr(builtins, "open", None) or bytes(BULK)) == bytes(BULK)
     assert call(lambda: sys.setrecursionlimit(50) or deeply_nested(200)) == deeply_nested(200)
 
 
@@ -3456,7 +3511,8 @@ def test_memory_limit_is_refused_where_the_system_cannot_do_it(monkeypatch):
         patch.setattr(resource, "setrlimit", lambda *_: None)  # as under qemu-user
         assert "memory_limit" in str(raised(ChildSetupError, limited, 0, 1))
     monkeypatch.setattr(mem_isolate, "_libc_fork", None)
-    monkeypatch.setattr(mem_isolate, "open", lambda path, *_: io.FileIO(f"/nowhere{path}"), raising=False)
+    nowhere = types.SimpleNamespace(FileIO=lambda path: io.FileIO(f"/nowhere{path}"))
+    monkeypatch.setattr(mem_isolate, "io", nowhere)
     assert "/proc" in str(raised(NotImplementedError, limited, 0, 1))
     assert ran[0] == 0
 
@@ -3594,6 +3650,21 @@ def test_call_abandoned_with_its_loop_leaves_no_child():
     del task
     gc.collect()
     assert is_gone(pid[0])
+
+
+async def first_of(items):
+    async for item in items:
+        return item
+
+
+@pytest.mark.filterwarnings("ignore:coroutine method")
+def test_async_generator_abandoned_with_its_loop_leaves_no_child():
+    before, loop = state_of_the_caller(), asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)
+    assert loop.run_until_complete(first_of(isolated(countdown_async)(10**7))) == 10**7
+    loop.close()
+    gc.collect()
+    assert_nothing_is_left_after_an_exception(before, "a closed loop")
 
 
 has_uvloop = pytest.mark.skipif(importlib.util.find_spec("uvloop") is None, reason="needs uvloop")
@@ -3764,7 +3835,7 @@ def test_item_arrives_as_soon_as_it_is_yielded():
 
 FAILURES = {  # what the body does when it is asked for a third item, its error, and a word that it says
     "exception": (lambda: raise_it(KeyError("raised")), KeyError, "in body"),
-    "SIGKILL": (lambda: kill_self(signal.SIGKILL), KilledBySignalError, "SIGKILL"),
+    "SIGKILL": (lambda: kill_self(signal.SIGKILL), KilledBySignalError, "or because the thread"),
     "exit": (lambda: os._exit(3), UnexpectedExitStatusError, "3"),
     "timeout": (lambda: time.sleep(60), CallableTimeoutError, "in body"),
     "no pickle": (threading.Lock, SerializationError, "lock"),
@@ -3794,7 +3865,7 @@ def test_what_was_yielded_before_a_failure_arrives_first(what, asynchronous):
     items = limited(body)()
     error = raised(kind, asyncio.run, read()) if asynchronous else raised(kind, lambda: arrived.extend(items))
     assert arrived == ["first", holder_of(100_000)]
-    assert word in f"{error} {error.__cause__}"
+    assert word in f"{error} {error.__cause__}" and mem_isolate.__file__ not in f"{error.__cause__}"
     assert asynchronous or list(items) == []
     assert_no_child_is_left()
 
@@ -3853,6 +3924,10 @@ def test_item_that_cannot_be_written_is_a_result_delivery_error(monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", fail_once)
     assert raised(ResultDeliveryError, next, isolated(countdown)(3)).__cause__.errno == errno.ENOSPC
+    monkeypatch.undo()
+    without = isolated(lambda: (yield) or os.closerange(3, 4096) or 1 / 0)()  # which its outcome needs
+    with pytest.raises(ResultDeliveryError, match="(?s)written: .*Bad file descriptor.*ZeroDivisionError: division"):
+        list(without)
 
 
 @linux_only
@@ -3926,7 +4001,14 @@ def test_generator_may_keep_processes_of_its_own():
                 process.stdin.flush()
                 yield process.stdout.readline()
 
+    def fork_and_yield_last():
+        pid = os.fork()
+        if pid == 0:
+            yield "from the grandchild"
+        yield os.WEXITSTATUS(os.waitpid(pid, 0)[1])
+
     assert list(isolated(lines)()) == [b"%d\n" % number for number in range(5)]
+    assert list(isolated(fork_and_yield_last)()) == [0]
 
 
 def test_iterator_of_the_parent_is_refused_in_a_child_and_not_harmed():
@@ -3935,6 +4017,13 @@ def test_iterator_of_the_parent_is_refused_in_a_child_and_not_harmed():
     with pytest.raises(RuntimeError, match="belongs to the process"):
         call(next, items)
     call(items.close)
+
+    def leave():
+        memory = [mmap.mmap(-1, 1 << 16) for _ in range(40)]  # one of them where the region would be
+        items.close()
+        return sum(piece[0] for piece in memory)
+
+    assert call(leave) == 0
     assert list(items) == list(range(99, 0, -1))
 
 
