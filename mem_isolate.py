@@ -355,7 +355,7 @@ _HEADER_SIZE = 5 * 8
 _PROGRESS, _KIND, _BUFFERS, _START, _LENGTH = range(5)
 _LAST_WORDS_SIZE = 4096  # at the end, for a message where the bulk cannot be written
 _REGION_SIZE = _SHARED_SIZE - _HEADER_SIZE - _LAST_WORDS_SIZE
-_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is worth reading on its own
+_OUT_OF_BAND = 64 * 1024  # bytes from which on a buffer is not pickled, but written and read on its own
 _MAPPED = 256 * 1024  # bytes from which on the largest is mapped; a process may have 65,530 mappings
 _READ_AHEAD = 1 << 18  # bytes that the parent reads at a time
 _PIECE = 4 << 20  # bytes that are written, then published, at a time
@@ -576,18 +576,19 @@ class _Writer:
             raise OSError(errno.EBADF, "the callable closed the descriptor for large results")
         return number
 
-    def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> None:
-        """Set a buffer aside, to be written as it is behind what is pickled."""
-        self.buffers.append(buffer.raw())
+    def keep_out_of_band(self, buffer: pickle.PickleBuffer) -> bool:
+        """Set a large buffer aside, to be written as it is behind what is pickled; a small one is pickled instead."""
+        view = buffer.raw()
+        small = view.nbytes < _OUT_OF_BAND
+        if not small:
+            self.buffers.append(view)
+        return small
 
     def end(self) -> int:
-        """Write the buffers: small ones and a table of all lengths into the stream, large ones behind it."""
+        """Write a table of the buffers' lengths at the end of the stream, and the buffers behind it."""
         lengths = [view.nbytes for view in self.buffers]
-        self.write(b"".join(view for view in self.buffers if view.nbytes < _OUT_OF_BAND))
         self.write(struct.pack(f"={len(lengths)}Q", *lengths))
-        large = [view for view in self.buffers if view.nbytes >= _OUT_OF_BAND]
-        offsets = _offsets(max(self.position - _REGION_SIZE, 0), [view.nbytes for view in large])
-        for offset, view in zip(offsets, large):
+        for offset, view in zip(_offsets(max(self.position - _REGION_SIZE, 0), lengths), self.buffers):
             self.write_bulk(offset, view)
         return len(lengths)
 
@@ -727,23 +728,19 @@ class _Reader(io.RawIOBase):
         """All buffers of a stream, each in memory of its own that nobody else can change; the largest is mapped."""
         shared = self.shared
         lengths = _read_stream(shared, end - 8 * count, memoryview(bytearray(8 * count))).cast("Q").tolist()
-        small = [length for length in lengths if length < _OUT_OF_BAND]
-        places = accumulate(small, initial=end - 8 * count - sum(small))
-        offsets = iter(_offsets(max(end - _REGION_SIZE, 0), [size for size in lengths if size >= _OUT_OF_BAND]))
-        mapped = lengths.index(max(lengths)) if max(lengths, default=0) >= _MAPPED else -1
+        largest = max(lengths, default=0)
+        mapped = lengths.index(largest) if largest >= _MAPPED else -1
         memory: list[Any] = []
-        for number, length in enumerate(lengths):
-            position = _REGION_SIZE + next(offsets) if length >= _OUT_OF_BAND else next(places)
-            memory.append(position if number == mapped else _read_stream(shared, position, _new_memory(length)))
+        for offset, length in zip(_offsets(max(end - _REGION_SIZE, 0), lengths), lengths):
+            here = len(memory) == mapped
+            memory.append(offset if here else _read_stream(shared, _REGION_SIZE + offset, _new_memory(length)))
         if mapped >= 0:
             self.load(end)  # which mapping cuts away
-            memory[mapped] = _map(shared, memory[mapped], lengths[mapped])
+            memory[mapped] = _map(shared, memory[mapped], largest)
         return memory
 
 
 def _new_memory(length: int) -> memoryview:
-    if length < _OUT_OF_BAND:
-        return memoryview(bytearray(length))
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
     if length >= _PIECE:
         with _tolerating(OSError, AttributeError):  # Linux has it, and may not have been built with it
@@ -782,14 +779,14 @@ def _seal(shared: _Shared) -> bool:
     return True
 
 
-def _map(shared: _Shared, position: int, length: int) -> memoryview:
+def _map(shared: _Shared, offset: int, length: int) -> memoryview:
     """A piece of the bulk, mapped privately where the rest of it can be cut away and it can be sealed."""
-    bulk, offset = shared.bulk[0], position - _REGION_SIZE
-    size, end = os.fstat(bulk).st_size, offset + -(-length // _PAGE) * _PAGE
+    bulk, end = shared.bulk[0], offset + -(-length // _PAGE) * _PAGE
+    size = os.fstat(bulk).st_size
     _punch(bulk, 0, offset)
     _punch(bulk, end, size)
     if _libc_fallocate is None or not _seal(shared):
-        return _read_stream(shared, position, _new_memory(length))
+        return _read_stream(shared, _REGION_SIZE + offset, _new_memory(length))
     if os.fstat(bulk).st_size < offset + length:
         raise EOFError("the result was cut short")
     # An mmap object of Python's would hold a duplicate of the descriptor as long as the result lives. So it makes an
