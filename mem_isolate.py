@@ -1039,11 +1039,8 @@ def _keep_what_threads_own() -> Iterator[Any]:
 
 
 def _streams() -> tuple[Any, ...]:
-    """Return stdout and stderr and, where they have been replaced, the original ones too."""
-    stdout, stderr = getattr(sys, "stdout", None), getattr(sys, "stderr", None)
-    if stdout is sys.__stdout__ and stderr is sys.__stderr__:
-        return stdout, stderr
-    return stdout, stderr, sys.__stdout__, sys.__stderr__
+    """Return stdout and stderr, and the original ones, for they may have been replaced."""
+    return getattr(sys, "stdout", None), getattr(sys, "stderr", None), sys.__stdout__, sys.__stderr__
 
 
 def _flush_text(*streams: Any) -> bool:
