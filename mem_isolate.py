@@ -524,10 +524,6 @@ class _Writer:
         self.bulk = self.counter = -1  # descriptors of the child's own, once they are needed
         self.publishes = publishes
 
-    def begin_anew(self) -> None:
-        """Go on behind a stream whose pickling failed: the parent may be reading it, so it stays as it is."""
-        self.start, self.buffers, self.publishes = self.position, [], False
-
     def write(self, data: Any) -> None:
         start, end = self.position, self.position + len(data)
         if end <= _REGION_SIZE:
@@ -1227,7 +1223,7 @@ class _Child:
                 for step in setup:
                     step()
             except BaseException as error:
-                _deliver_failure(writer, _SETUP_FAILED, "the child could not be set up", error)
+                _deliver_failure(writer, "the child could not be set up", error, kind=_SETUP_FAILED)
                 _libc_exit(1)
             streams, recursion_limit = _streams(), _getrecursionlimit()
             value = failure = None
@@ -1288,13 +1284,13 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
             writer.deliver(_RESULT)
         except BaseException as error:
             what = f"its result, of type {type(value).__qualname__}, cannot be pickled (return plain data instead)"
-            _deliver_failure(writer, _UNWRITTEN if writer.failed else _UNPICKLABLE, what, error)
+            _deliver_failure(writer, what, error)
         return
     if writer.failed:  # an item could not be written
-        return _deliver_failure(writer, _UNWRITTEN, "", failure)
+        return _deliver_failure(writer, "", failure)
     if isinstance(failure, _UnpicklableItem):
         what = f"an item, of type {failure.args[0]}, cannot be pickled (yield plain data instead)"
-        return _deliver_failure(writer, _UNPICKLABLE, what, failure.__cause__ or failure)
+        return _deliver_failure(writer, what, failure.__cause__ or failure)
     try:
         failure.with_traceback(_below_the_call(failure.__traceback__))
         text = "".join(traceback.format_exception(type(failure), failure, failure.__traceback__))
@@ -1302,14 +1298,10 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
         text = _say(failure)
         with contextlib.suppress(Exception):
             text = "".join(traceback.format_tb(failure.__traceback__)) + text
-    try:
-        try:
-            _deliver_exception(writer, _RAISED, text, failure, _exception_state(failure))
-        except Exception:  # the state may hold what the class itself knows not to pickle
-            _deliver_exception(writer, _RAISED, text, failure, {})
+    try:  # without its state where that holds what the class itself knows not to pickle
+        _deliver_exception(writer, _RAISED, text, (failure, _exception_state(failure)), (failure, {}))
     except BaseException as error:
-        what = f"it raised {type(failure).__qualname__}, which cannot be pickled"
-        _deliver_failure(writer, _UNPICKLABLE, what, error, text)
+        _deliver_failure(writer, f"it raised {type(failure).__qualname__}, which cannot be pickled", error, text)
 
 
 def _below_the_call(frames: types.TracebackType | None) -> types.TracebackType | None:
@@ -1340,28 +1332,34 @@ def _dump_text(write: Callable[[bytes], None], text: str) -> None:
     write(pickle.STOP)
 
 
-def _deliver_exception(writer: _Writer, kind: int, text: str, error: Any, state: dict[str, Any]) -> None:
-    """Deliver a text, and behind it an exception: so the text arrives whatever becomes of the exception."""
-    writer.begin_anew()
+def _deliver_exception(writer: _Writer, kind: int, text: str, exception: tuple[Any, Any], *others: Any) -> None:
+    """Deliver a text, and behind it the first of some exceptions, each with its state, that can be pickled.
+
+    So the text arrives whatever becomes of the exception.
+    """
+    # Behind a stream whose pickling failed: the parent may be reading it, so it stays as it is.
+    writer.start, writer.buffers, writer.publishes = writer.position, [], False
     pickler = _ExceptionPickler(writer, 5, buffer_callback=writer.keep_out_of_band)
-    pickler.dump(text)
-    pickler.dump((error, state))
-    writer.deliver(kind)
+    try:
+        pickler.dump(text)
+        pickler.dump(exception)
+        return writer.deliver(kind)
+    except BaseException:
+        if not others:
+            raise
+    _deliver_exception(writer, kind, text, *others)
 
 
-def _deliver_failure(writer: _Writer, kind: int, what: str, error: BaseException, text: str = "") -> None:
+def _deliver_failure(writer: _Writer, what: str, error: Any, text: str = "", kind: int = _UNPICKLABLE) -> None:
     """Deliver what went wrong in the child itself, with its cause if that can be pickled."""
     message = f"{what}: {_say(error)}" + (text and f"\n{text}")
-    with contextlib.suppress(Exception):
-        if kind != _UNWRITTEN and not writer.failed:
-            try:
-                return _deliver_exception(writer, kind, message, error, {})
-            except Exception:
-                return _deliver_exception(writer, kind, message, None, {})
+    with contextlib.suppress(BaseException):
+        if not writer.failed:
+            return _deliver_exception(writer, kind, message, (error, {}), (None, {}))
     # Where the bulk cannot be written: in the place that was kept free for this.
     message = f"its outcome could not be written: {_say(error)}"[:500] + (text and f"\n{text[-500:]}")
     said, cause = pickle.dumps(message), pickle.dumps((None, {}))
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(BaseException):
         pickled = pickle.dumps((error, {}))
         cause = pickled if len(said + pickled) <= _LAST_WORDS_SIZE else cause
     header, words = writer.shared.header, said + cause

@@ -915,6 +915,7 @@ UNPICKLABLE = {
     "not now": functools.partial(OnPickle, raise_it, SystemExit("not now")),
     "not ever": functools.partial(OnPickle, raise_it, KeyboardInterrupt("not ever")),
     "OnPickle": functools.partial(OnPickle, raise_it, StrRaises()),
+    "PicklesAs": lambda: OnPickle(raise_it, PicklesAs(sys.exit)),
 }
 
 
