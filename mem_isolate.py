@@ -2439,10 +2439,8 @@ def use_huge_pages() -> int:
     again when much of them was replaced. Contents stay, RSS grows by at most 5 %. Left alone: memory that is mostly
     untouched, locked, a stack, or shared with a living process. Returns 0 where the system cannot do it.
     """
-    size = _PAGE * _PAGE // 8
-    with _tolerating(OSError), open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "rb") as file:
-        size = int(file.read())  # a sandbox may have no /sys
-    if size != _HUGE_PAGE or _libc_madvise(0, 0, _MADV_COLLAPSE) != 0:  # the kernel does not know this advice
+    other_size = _PAGE * _PAGE // 8 != _HUGE_PAGE  # as many small ones as a page has room for entries of 8 bytes
+    if other_size or _libc_madvise(0, 0, _MADV_COLLAPSE) != 0:  # the kernel does not know this advice
         return 0
     moved = 0
     # /proc may not be there, or not for a process that has changed its user.

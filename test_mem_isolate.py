@@ -4199,14 +4199,14 @@ def test_huge_pages_leave_special_memory_alone():
     assert [kind for kind, memory in memories.items() if memory.address in asked] == ["control"]
 
 
-@pytest.mark.parametrize("what", ["smaps", "pagemap", "hpage_pmd_size", "the advice"])
-def test_huge_pages_that_the_system_does_not_have_give_zero(monkeypatch, what, tmp_path):
-    (tmp_path / "hpage_pmd_size").write_text("33554432\n")
-
+@pytest.mark.parametrize("what", ["smaps", "pagemap", "pages of 4 KiB", "the advice"])
+def test_huge_pages_that_the_system_does_not_have_give_zero(monkeypatch, what):
     def open_elsewhere(path, *rest, **named):
-        return open(tmp_path / what if str(path).endswith(what) else path, *rest, **named)
+        return open(f"/nowhere{path}" if path.endswith(what) else path, *rest, **named)
 
     monkeypatch.setattr(mem_isolate, "open", open_elsewhere, raising=False)
+    if what == "pages of 4 KiB":
+        monkeypatch.setattr(mem_isolate, "_PAGE", 16384)
     if what == "the advice":
         monkeypatch.setattr(mem_isolate, "_libc_madvise", lambda *_: ctypes.set_errno(errno.EINVAL) and None or -1)
     assert mem_isolate.use_huge_pages() == 0
