@@ -769,10 +769,8 @@ def _read_at(bulk: int, memory: Any, offset: int) -> int:
 
 def _seal(shared: _Shared) -> bool:
     """Forbid all change of the bulk, which a process that the callable left may hold; return whether that worked."""
-    if _libc_no_errno.fcntl(shared.bulk[0], _F_ADD_SEALS, _F_SEAL_EVERYTHING) != 0:  # not while it is mapped
-        return False
-    shared.freed = sys.maxsize  # nor can any of it be given back now
-    return True
+    # It does not while the bulk is mapped; and nothing of what is sealed can be given back.
+    return bool(_libc_no_errno.fcntl(shared.bulk[0], _F_ADD_SEALS, _F_SEAL_EVERYTHING) == 0)
 
 
 def _map(shared: _Shared, offset: int, length: int) -> memoryview:
