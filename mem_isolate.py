@@ -229,11 +229,9 @@ _libc_madvise_quick = _libc_no_errno.madvise
 _libc_madvise_quick.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MADV_DONTFORK = getattr(mmap, "MADV_DONTFORK", None)  # Linux has it
 
-# wait4 is waitpid that also tells what the child used; a libc without it ignores the fourth argument of waitpid.
-_libc_wait4 = getattr(_libc, "wait4", None) or _libc.waitpid
-_libc_wait4_nohang = getattr(_libc_holding_gil, "wait4", None) or _libc_holding_gil.waitpid
+_libc_wait4, _libc_wait4_nohang = _libc.wait4, _libc_holding_gil.wait4  # waitpid that also tells what the child used
 # struct rusage begins with two times of two words each, then the peak; musl's on 32 bits is different, and not read.
-_USAGE_IS_KNOWN = hasattr(_libc, "wait4") and (sys.maxsize > 2**32 or hasattr(_libc, "gnu_get_libc_version"))
+_USAGE_IS_KNOWN = sys.maxsize > 2**32 or hasattr(_libc, "gnu_get_libc_version")
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 _memoryview = _libc_no_errno.PyMemoryView_FromMemory
@@ -2414,7 +2412,7 @@ def _check_limits(timeout: Any, memory_limit: Any) -> None:
             raise TypeError(f"memory_limit must be an int of bytes or None, not {memory_limit!r}")
         if memory_limit <= 0:
             raise ValueError(f"memory_limit must be positive, not {memory_limit!r}; None means no limit")
-        if not sys.platform.startswith("linux"):
+        if not _LINUX:
             raise NotImplementedError("memory_limit needs Linux, whose RLIMIT_DATA bounds all private memory")
 
 
