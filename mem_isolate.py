@@ -229,9 +229,11 @@ _libc_madvise_quick = _libc_no_errno.madvise
 _libc_madvise_quick.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MADV_DONTFORK = getattr(mmap, "MADV_DONTFORK", None)  # Linux has it
 
-_libc_wait4, _libc_wait4_nohang = _libc.wait4, _libc_holding_gil.wait4  # waitpid that also tells what the child used
+# wait4 is waitpid that also tells what the child used; a libc without it ignores the fourth argument of waitpid.
+_libc_wait4 = getattr(_libc, "wait4", None) or _libc.waitpid
+_libc_wait4_nohang = getattr(_libc_holding_gil, "wait4", None) or _libc_holding_gil.waitpid
 # struct rusage begins with two times of two words each, then the peak; musl's on 32 bits is different, and not read.
-_USAGE_IS_KNOWN = sys.maxsize > 2**32 or hasattr(_libc, "gnu_get_libc_version")
+_USAGE_IS_KNOWN = hasattr(_libc, "wait4") and (sys.maxsize > 2**32 or hasattr(_libc, "gnu_get_libc_version"))
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
 _memoryview = _libc_no_errno.PyMemoryView_FromMemory
@@ -392,6 +394,7 @@ class _Shared:
         self.room: list[int] = []  # likewise, of a generator: the parent adds the bytes it took
         self.published = 0  # bytes of the bulk that the parent may read
         self.freed = 0  # bytes at its start that were given back
+        self.received = 0  # bytes of items and outcome, buffers included
 
     def make(self, streams: bool) -> None:
         """Make them all; raise OSError where memory or descriptors are wanting."""
@@ -429,7 +432,8 @@ class _Shared:
     def close_descriptors(self) -> None:
         _drain(self.counter, _libc_close)
         _drain(self.room, _libc_close)
-        _drain(self.bulk, os.close if self.published else _libc_close)  # freeing much takes a while
+        large = self.published or self.received > _REGION_SIZE  # to free it takes a while, and others may run
+        _drain(self.bulk, os.close if large else _libc_close)
 
     def release(self) -> None:
         """Give back all that is still held; a second call goes on where the first was cut short."""
@@ -723,6 +727,7 @@ class _Reader(io.RawIOBase):
         shared = self.shared
         lengths = _read_stream(shared, end - 8 * count, memoryview(bytearray(8 * count))).cast("Q").tolist()
         largest = max(lengths, default=0)
+        shared.received += sum(lengths)
         mapped = lengths.index(largest) if largest >= _MAPPED else -1
         memory: list[Any] = []
         for offset, length in zip(_offsets(max(end - _REGION_SIZE, 0), lengths), lengths):
@@ -1718,7 +1723,6 @@ class _Call:
     ended = False
     report_at = _REPORT_AT
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
-    received = 0  # bytes of the result
     most_memory = 0  # that the child may have, in bytes, where there is a limit
     looks = 0  # at the child, so far
     hurried = False  # whether a generator's last item came just now
@@ -2068,7 +2072,7 @@ class _ItemReceiver:
         if _read_at(self.shared.bulk[0], memory, self.taken % _RING) < len(memory):
             raise self.call.error(DeserializationError, "the items were cut short")
         self.taken += len(memory)
-        self.call.received += len(memory)
+        self.shared.received += len(memory)
         self.tell(len(memory))
         return memory
 
@@ -2097,9 +2101,9 @@ def _outcome(call: _Call) -> Any:
     progress, kind, count, start, length = call.shared.header.tolist()
     if progress != _DELIVERED:
         raise _failure(call, progress)
+    call.shared.received += length
     if kind != _RESULT:
         _raise_delivered(call, kind, count, start, start + length)
-    call.received += length
     try:
         if call.rebuilt is not None:
             if isinstance(call.rebuilt, Exception):
@@ -2276,7 +2280,7 @@ def _log(call: _Call, error: Any) -> None:
     child = {"child_pid": costs.pop("pid"), **costs}
     seconds = _clock() - call.started
     message = "%s in child %s %s after %.6f s, %d bytes returned, peak memory %s bytes, processor time %s s"
-    values = _name(call.function), child["child_pid"], outcome, seconds, call.received, *costs.values()
+    values = _name(call.function), child["child_pid"], outcome, seconds, call.shared.received, *costs.values()
     _logger.debug(message, *values, extra=child)
 
 

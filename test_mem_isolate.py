@@ -1035,6 +1035,16 @@ def test_result_that_a_child_cuts_short_is_an_error(sizes):
     assert isinstance(failure(DeserializationError, return_and_truncate).__cause__, EOFError)
 
 
+def test_other_threads_run_while_what_held_a_large_result_is_freed(monkeypatch):
+    """That takes a tenth of a second or more for some hundred MiB: so it is not libc's close, which keeps the GIL."""
+    closed, close = [], os.close
+    monkeypatch.setattr(os, "close", lambda number: close(number) or closed.append(number))
+    for form in itertools.islice(forms(lambda size: [holder_of(size)] * 3), 4):
+        for size in (MIB, 100_000):
+            assert len(form(size)) and closed
+            closed.clear()
+
+
 @fresh_on_linux
 def test_keeping_one_of_ten_results_keeps_only_its_memory():
     def memory_in_use():
@@ -3214,12 +3224,14 @@ def test_errors_and_debug_records_tell_outcome_pid_memory_and_time(outcome, capl
         assert outcome != "SIGKILL" or says_size(str(error), memory)
 
 
-def test_debug_record_of_a_generator_is_of_all_its_items(caplog):
+def test_debug_record_is_of_all_items_and_buffers(caplog):
     with caplog.at_level(logging.DEBUG, "mem_isolate"):
         for _ in isolated(lambda: (yield from [bytes(MIB)] * 3), timeout=60)():
             time.sleep(0.1)
-    found = re.search(r"returned after (\S+) s, (\d+) bytes", caplog.text)
-    assert float(found[1]) > 0.3 and 3 * MIB < int(found[2]) < 4 * MIB
+        call(lambda: [holder_of(100_000), holder_of(3 * MIB)])
+    found, of_a_result = re.findall(r"returned after (\S+) s, (\d+) bytes", caplog.text)
+    assert float(found[0]) > 0.3
+    assert 3 * MIB < int(found[1]) < 4 * MIB and 3 * MIB < int(of_a_result[1]) < 4 * MIB
 
 
 def test_every_call_leaves_one_debug_record_and_none_at_other_levels(caplog):
