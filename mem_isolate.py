@@ -516,6 +516,7 @@ def _offsets(end: int, lengths: Iterable[int]) -> Iterable[int]:
 class _Writer:
     """The child's end of the stream: the file that a pickler writes to."""
 
+    # A dict would cost each child a page fault or two.
     __slots__ = ("shared", "region", "start", "position", "buffers", "failed", "bulk", "counter", "publishes")
 
     def __init__(self, shared: _Shared, publishes: bool = True) -> None:
@@ -876,8 +877,9 @@ def _exception_state(error: BaseException) -> dict[str, Any]:
     """All attributes, those in slots and in C included; but not AttributeError.obj, which can be anything."""
     if _sets_its_own_state(type(error)):
         return {}
-    names = [name for cls in type(error).__mro__ for name, kind in vars(cls).items() if isinstance(kind, _SLOT_TYPES)]
-    names = [name for name in names if name[:2] != "__" and name != "obj" and hasattr(error, name)]
+    left_out = vars(AttributeError).get("obj")  # from 3.10 on
+    slots = [item for cls in type(error).__mro__ for item in vars(cls).items() if isinstance(item[1], _SLOT_TYPES)]
+    names = [name for name, kind in slots if name[:2] != "__" and kind is not left_out and hasattr(error, name)]
     return {**{name: getattr(error, name) for name in names}, "__dict__": vars(error), "args": error.args}
 
 

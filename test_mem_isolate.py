@@ -416,7 +416,8 @@ def exception_state(error):
     Except ``AttributeError.obj``, the object that had no such attribute, which can be anything, a module for example.
     """
     slots = {name for kind in type(error).__mro__ for name in vars(kind) if inspect.isdatadescriptor(vars(kind)[name])}
-    state = {name: getattr(error, name, "unset") for name in slots if name[0] != "_" and name != "obj"}
+    slots -= {"obj"} if isinstance(error, AttributeError) else set()
+    state = {name: getattr(error, name, "unset") for name in slots if name[0] != "_"}
     state.update(vars(error), args=error.args)
     for name in {"args", "exceptions"} & set(state):
         state[name] = deep_state(state[name])
@@ -1129,11 +1130,11 @@ class KeywordOnly(Exception):
 
 
 class WithSlots(Exception):
-    __slots__ = ("unset", "where")
+    __slots__ = ("unset", "obj")
 
     def __init__(self, where):
         super().__init__("slots")
-        self.where = where
+        self.obj = where
 
 
 class OwnNew(Exception):
