@@ -487,8 +487,7 @@ def _make_counter(descriptors: list[int], flags: int, high: bool = False) -> Non
         if descriptors[0] >= 0:
             _move_up(descriptors)  # and so closed where the callable executes something else
             _move_up(descriptors)
-            # The parent reads counters without waiting, and writes what it took likewise.
-            os.set_blocking(descriptors[0 if flags & _EFD_NONBLOCK else 1], False)
+            os.set_blocking(descriptors[0], not flags & _EFD_NONBLOCK)
     if descriptors[0] < 0:
         descriptors.clear()
         raise _os_error()
@@ -2006,7 +2005,7 @@ class _ItemReceiver:
 
     def __init__(self, call: _Call) -> None:
         self.call, self.shared = call, call.shared
-        self.taken = self.untold = 0  # bytes, and those of them that the child does not know of
+        self.taken = self.told = 0  # bytes, and those of them that the child knows of
         self.chunk = memoryview(b"")  # what was read ahead
         self.stay_in_this_process()
         call.started = call.restart_clock()
@@ -2055,8 +2054,6 @@ class _ItemReceiver:
     def wait(self) -> Generator[Any, None, int]:
         """Wait until there is something to read; return how many bytes in one piece."""
         while self.taken >= self.shared.published:
-            if self.untold:
-                self.tell()
             yield _NOT_YET
         return min(self.shared.published - self.taken, _RING - self.taken % _RING)
 
@@ -2075,15 +2072,10 @@ class _ItemReceiver:
             raise self.call.error(DeserializationError, "the items were cut short")
         self.taken += len(memory)
         self.shared.received += len(memory)
-        self.tell(len(memory))
+        if self.taken - self.told >= _RING // 8:  # so seldom that a socket takes it, and before the child must wait
+            _write(self.shared.room[-1], _WORD.pack(self.taken - self.told))
+            self.told = self.taken
         return memory
-
-    def tell(self, count: int = 0) -> None:
-        """Let the child go on."""
-        self.untold += count
-        with _tolerating(BlockingIOError):  # a socket that is full: it will be told later
-            _write(self.shared.room[-1], _WORD.pack(self.untold))
-            self.untold = 0
 
     def rebuild(self, stream: memoryview, buffers: Iterable[Any]) -> Any:
         try:
