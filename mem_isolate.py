@@ -582,17 +582,14 @@ class _Writer:
             self.buffers.append(view)
         return small
 
-    def end(self) -> int:
-        """Write a table of the buffers' lengths at the end of the stream, and the buffers behind it."""
-        lengths = [view.nbytes for view in self.buffers]
-        self.write(struct.pack(f"={len(lengths)}Q", *lengths))
-        for offset, view in zip(_offsets(max(self.position - _REGION_SIZE, 0), lengths), self.buffers):
-            self.write_bulk(offset, view)
-        return len(lengths)
-
     def deliver(self, kind: int) -> None:
-        """End the stream, and fill in all of the header: the callable can have written there."""
-        count, header = self.end() if self.buffers else 0, self.shared.header
+        """End the stream with a table of the buffers' lengths, write them behind it, and fill in all of the header."""
+        count, header = len(self.buffers), self.shared.header  # where the callable can have written
+        if count:
+            lengths = [view.nbytes for view in self.buffers]
+            self.write(struct.pack(f"={count}Q", *lengths))
+            for offset, view in zip(_offsets(max(self.position - _REGION_SIZE, 0), lengths), self.buffers):
+                self.write_bulk(offset, view)
         header[_KIND], header[_BUFFERS], header[_START] = kind, count, self.start
         header[_LENGTH] = self.position - self.start
         header[_PROGRESS] = _DELIVERED
