@@ -10,7 +10,8 @@ raises is, and comes back through shared memory. One file, standard library only
 copy it into your project. ``python3 mem_isolate.py`` shows on your own machine what it does.
 
 The file reads from top to bottom: errors, libc, shared memory, exceptions on their way, what a child renews, the
-child, the process as its parent sees it, the call, the public face; then huge pages and the tour.
+child, its stack after a crash, the process as its parent sees it, the call, waiting, the outcome, the public face; then
+huge pages and the tour.
 """
 
 # SPDX-License-Identifier: MIT
@@ -253,7 +254,7 @@ for _stream in ("stdout", "stderr", "__stdoutp", "__stderrp"):  # the latter two
 _PR_SET_PDEATHSIG = 1
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
-_EFD_NONBLOCK, _EFD_CLOEXEC = os.O_NONBLOCK, getattr(os, "O_CLOEXEC", 0)
+_EFD_NONBLOCK, _EFD_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 _F_DUPFD_CLOEXEC = fcntl.F_DUPFD_CLOEXEC
 _F_ADD_SEALS = 1033  # in the fcntl module from 3.9 on
 _F_SEAL_EVERYTHING = 1 | 2 | 4 | 8  # seal, shrink, grow, write
@@ -938,7 +939,8 @@ for _private in (*_needed, "threading._after_fork", "logging._handlerList"):
     _owner, _part = _private.split(".")
     if not hasattr(sys.modules[_owner], _part):
         _missing_parts.append(_private)
-_has_attribute = _python_function("PyObject_HasAttr", None)  # takes addresses: to convert objects costs page faults
+# Takes addresses, since to convert objects costs page faults, and returns nothing: a 1 would end the steps of a child.
+_has_attribute = _python_function("PyObject_HasAttr", None)
 _repair_interpreter = _python_function("PyOS_AfterFork_Child", None)
 _handle_signals = _python_function("PyErr_CheckSignals", ctypes.c_int)
 _increment_reference = _python_function("Py_IncRef", None, ctypes.c_void_p)

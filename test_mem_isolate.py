@@ -917,6 +917,7 @@ UNPICKLABLE = {
     "not ever": functools.partial(OnPickle, raise_it, KeyboardInterrupt("not ever")),
     "OnPickle": functools.partial(OnPickle, raise_it, StrRaises()),
     "PicklesAs": lambda: OnPickle(raise_it, PicklesAs(sys.exit)),
+    "cannot be pickled": lambda: OnPickle(raise_it, PicklesAs(lambda: (raise_it, (ValueError("no unpickling"),)))),
 }
 
 
