@@ -675,7 +675,6 @@ class _ItemSender:
                 self.send(item)
                 del item  # or it would be there while the next is made
         finally:
-            writer.buffers = []
             # What comes now goes behind the items, for the parent may not have taken the last.
             writer.start = writer.position = _REGION_SIZE + min(self.sent, _RING)
             writer.bulk = self.bulk
@@ -2138,7 +2137,6 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
         if kind == _RAISED:
             message = f"{name} raised an exception that does not unpickle ({_say(failed)}):\n{text}"
             raise call.error(SerializationError, message) from failed
-        error = None
     unpickler = None
     failures = {_UNPICKLABLE: SerializationError, _UNWRITTEN: ResultDeliveryError, _SETUP_FAILED: ChildSetupError}
     try:
