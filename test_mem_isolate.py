@@ -233,6 +233,12 @@ def is_open(number):
         return bool(os.fstat(number))
 
 
+def bulks():
+    """The files for large results that this process holds (Linux)."""
+    files = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return [file for file in files if file.is_symlink() and "memfd:mem_isolate" in os.readlink(file)]
+
+
 def assert_no_child_is_left():
     raised(ChildProcessError, os.waitpid, -1, os.WNOHANG)
 
@@ -2146,8 +2152,7 @@ def test_a_child_does_not_keep_the_result_of_a_call_that_was_under_way(way):
     def wait(mine, others=2):
         arrived[mine] = 1
         wait_until(lambda: sum(arrived) >= others)
-        files = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
-        held[mine] = sum("memfd:mem_isolate" in os.readlink(file) for file in files if file.is_symlink())
+        held[mine] = len(bulks())
 
     if way == "threads":
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -3953,8 +3958,7 @@ def test_item_that_the_child_cuts_short_is_an_error():
         yield "first"
         yield bytes(MIB)
         wait_until(lambda: steps[0])
-        bulk = next(name for name in open_descriptors() if "mem_isolate" in os.readlink(f"/proc/self/fd/{name}"))
-        os.ftruncate(int(bulk), 0)
+        os.ftruncate(int(bulks()[0].name), 0)
         steps[1] = 1
         time.sleep(60)
 
@@ -4058,6 +4062,17 @@ def test_large_result_is_rebuilt_while_it_is_made_and_leaves_the_collector_as_it
     finally:
         gc.enable()
         gc.set_threshold(*before)
+
+
+def memory_of_bulks():
+    return sum(bulk.stat().st_blocks * 512 for bulk in bulks())
+
+
+@linux_only
+def test_memory_of_a_large_result_is_given_back_while_it_is_rebuilt():
+    lines = [str(number) * 20 for number in range(300_000)]  # 34 MiB
+    *same, held = call(lambda: [*lines, OnPickle(lambda: (memory_of_bulks, ()))])
+    assert same == lines and held < 8 * MIB
 
 
 def then_append_to(returned, items):
