@@ -1858,6 +1858,16 @@ def test_thread_that_a_signal_handler_starts_just_before_the_fork_is_no_danger()
     ended.set()
 
 
+IMPORT_WITH_A_STACK = """
+import ctypes
+libc, memory, found = ctypes.PyDLL(None), (ctypes.c_char * (1 << 18))(), (ctypes.c_size_t * 3)()
+own = (ctypes.c_size_t * 3)(ctypes.addressof(memory), 0, 1 << 18)
+assert libc.sigaltstack(own, None) == 0
+import mem_isolate
+assert libc.sigaltstack(None, found) == 0 and found[:] == own[:]
+"""
+
+
 @linux_only
 @pytest.mark.parametrize("where", ["main thread", "thread"])
 @fresh(env={"PYTHONFAULTHANDLER": ""})
@@ -1875,6 +1885,7 @@ def test_stack_for_signal_handlers_is_left_to_the_thread(where):
             assert found[:] == theirs[:]
 
     check() if where == "main thread" else in_thread(check)
+    in_fresh_process(IMPORT_WITH_A_STACK, env={"PYTHONFAULTHANDLER": ""})
     os.devnull = "/does/not/exist"
     assert imported_anew().execute_in_isolated_process(square, 3) == 9
 
@@ -2720,11 +2731,7 @@ def test_descriptors_lost_by_the_callable_spoil_neither_the_result_nor_a_file(sp
         os.dup2(ours.fileno(), 0)
         os.closerange(3, 4096)
         epoll = select.epoll()
-        if spoil in (
-            "reuse",
-            "socket",
-            "epoll",
-        ):  # all the numbers that there were, for a file with something in it, ...
+        if spoil in ("reuse", "socket", "epoll"):  # the numbers that there were, for a file with something in it, ...
             file = 0 if spoil == "socket" else epoll.fileno()
             if spoil == "reuse":
                 file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
@@ -3747,6 +3754,11 @@ def test_callable_may_use_asyncio_whatever_loop_runs_in_the_parent(run_in_a_loop
 
     assert call(use_asyncio_run) == expected
     run_in_a_loop(main())
+
+
+def test_asyncio_that_another_thread_is_only_importing_keeps_no_child_from_starting(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asyncio", types.ModuleType("asyncio"))
+    assert call(square, 3) == 9
 
 
 def test_callable_has_an_event_loop_of_its_own_where_asyncio_run_is_patched(monkeypatch):
