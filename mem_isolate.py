@@ -1381,7 +1381,6 @@ _fault_actions = [_SignalAction.from_buffer(_action_memory, 256 * index) for ind
 _fault_handlers = memoryview(_action_memory).cast("P")[:: 256 // struct.calcsize("P")]
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)\n')
 _STACK = re.compile(r"^((?:Current thread|Thread) .*)\n((?:  File .*\n)*)", re.MULTILINE)
-_getrlimit, _LIMIT_OF_FILES, _UNLIMITED = resource.getrlimit, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY
 _MAIN_THREAD, _get_ident = threading.main_thread().ident or 0, threading.get_ident
 _SS_DISABLE = 2  # the flag of a stack_t that says there is none
 _WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to show that allocates memory
@@ -1390,7 +1389,7 @@ _WITHOUT_C_STACK = (False,) if sys.version_info >= (3, 14) else ()  # since to s
 def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> None:
     """Add steps to the fork, so that the child can say where it crashed or hung; nobody's handlers are touched."""
     try:
-        if faulthandler is None or _getrlimit(_LIMIT_OF_FILES)[0] != _UNLIMITED:
+        if faulthandler is None or resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
             return  # beyond that limit the child would die of SIGXFSZ instead
         os.lseek(bulk, _REPORT_AT, os.SEEK_SET)
     except OSError as error:  # the file system knows no files as large as that
