@@ -1695,15 +1695,13 @@ def _offer_to_the_kernel(process: _Process) -> None:
     if not _LINUX or _handler_of(signal.SIGCHLD) == 1:  # ignored: the pid may be another's by now
         return
     opened = process.opened
-    try:
-        _keep(opened, _libc_no_errno.open, b"/proc/%d/oom_score_adj" % process.pid, os.O_RDWR | os.O_CLOEXEC)
-        score = ctypes.create_string_buffer(16)
-        # A child that is there after that was there at that: so the file is its own, whoever else reaps children.
-        if opened[0] >= 0 and not process.reap() and _libc_no_errno.read(opened[0], score, 15) > 0:
-            score.value = b"%d" % min(int(score.value) + 300, 1000)
-            _libc_no_errno.write(opened[0], score, len(score.value))
-    finally:
-        _drain(opened, _libc_close)
+    _keep(opened, _libc_no_errno.open, b"/proc/%d/oom_score_adj" % process.pid, os.O_RDWR | os.O_CLOEXEC)
+    score = ctypes.create_string_buffer(16)
+    # A child that is there after that was there at that: so the file is its own, whoever else reaps children.
+    if opened[0] >= 0 and not process.reap() and _libc_no_errno.read(opened[0], score, 15) > 0:
+        score.value = b"%d" % min(int(score.value) + 300, 1000)
+        _libc_no_errno.write(opened[0], score, len(score.value))
+    _drain(opened, _libc_close)  # where a handler raises before that, the end of the call does it
 
 
 # ---------------------------------------------------------------------------------------------------------- The call
