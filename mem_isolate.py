@@ -692,7 +692,7 @@ class _UnpicklableItem(Exception):
 class _Reader(io.RawIOBase):
     """The parent's end of the stream; ``more`` waits until it goes on behind a position, and says up to where."""
 
-    def __init__(self, shared: _Shared, position: int, more: Callable[[int], int]) -> None:
+    def __init__(self, shared: _Shared, position: int, more: Callable[[float], int]) -> None:
         self.shared, self.position, self.more = shared, position, more
         self.loaded: memoryview | None = None  # the rest of the stream, where the bulk is needed for something else
 
@@ -719,9 +719,10 @@ class _Reader(io.RawIOBase):
         rest = memoryview(bytearray(max(end - self.position, 0)))
         self.loaded = _read_stream(self.shared, self.position, rest)
 
-    def take_buffers(self, count: int, end: int) -> list[Any]:
-        """All buffers of a stream, each in memory of its own that nobody else can change; the largest is mapped."""
-        shared = self.shared
+    def take_buffers(self) -> Iterator[Any]:
+        """Wait for all buffers; each is in memory of its own that nobody else can change, and the largest is mapped."""
+        shared, end = self.shared, self.more(inf)
+        count = shared.header[_BUFFERS]
         lengths = _read_stream(shared, end - 8 * count, memoryview(bytearray(8 * count))).cast("Q").tolist()
         largest = max(lengths, default=0)
         shared.received += sum(lengths)
@@ -733,7 +734,7 @@ class _Reader(io.RawIOBase):
         if mapped >= 0:
             self.load(end)  # which mapping cuts away
             memory[mapped] = _map(shared, memory[mapped], largest)
-        return memory
+        yield from memory
 
 
 def _new_memory(length: int) -> memoryview:
@@ -1982,14 +1983,10 @@ def _read_along(call: _Call) -> None:
             _sleep(call, seconds)
         return _REGION_SIZE + shared.published
 
-    def wait_for_buffers() -> Iterator[Any]:
-        end = more(inf)
-        yield from reader.take_buffers(shared.header[_BUFFERS], end)
-
     _rest_collector(id(call))
     reader = _Reader(shared, 0, more)
     try:
-        call.rebuilt = [reader.unpickler(wait_for_buffers()).load()]
+        call.rebuilt = [reader.unpickler(reader.take_buffers()).load()]
     except Exception as error:
         _raise_if_from_handler(error)
         call.rebuilt = error
@@ -2092,7 +2089,7 @@ def _outcome(call: _Call) -> Any:
         raise _failure(call, progress)
     call.shared.received += length
     if kind != _RESULT:
-        _raise_delivered(call, kind, count, start, start + length)
+        _raise_delivered(call, kind, start, start + length)
     try:
         if call.rebuilt is not None:
             if isinstance(call.rebuilt, Exception):
@@ -2102,7 +2099,7 @@ def _outcome(call: _Call) -> Any:
             return pickle.loads(call.shared.region[start : start + length])
         _rest_collector(id(call))
         reader = _Reader(call.shared, start, lambda _: start + length)
-        buffers = reader.take_buffers(count, start + length)
+        buffers = list(reader.take_buffers())
         if reader.loaded is None and not _seal(call.shared):
             reader.load(start + length)
         return reader.unpickler(buffers).load()
@@ -2112,7 +2109,7 @@ def _outcome(call: _Call) -> Any:
         raise call.error(DeserializationError, message) from error
 
 
-def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -> NoReturn:
+def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
     """Raise what the callable raised, or what went wrong in the child; both are a text and an exception behind it."""
     __tracebackhide__ = True
     name = _name(call.function)
@@ -2123,7 +2120,7 @@ def _raise_delivered(call: _Call, kind: int, count: int, start: int, end: int) -
             unpickler = _Unpickler(io.BytesIO(call.shared.region[_REGION_SIZE : _REGION_SIZE + end - start]))
         else:
             reader = _Reader(call.shared, start, lambda _: end)
-            unpickler = reader.unpickler(reader.take_buffers(count, end))
+            unpickler = reader.unpickler(reader.take_buffers())
         text = unpickler.load()
         error, state = unpickler.load()
         if kind == _RAISED and not isinstance(error, BaseException):
