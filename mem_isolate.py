@@ -397,7 +397,7 @@ class _Shared:
         self.freed = 0  # bytes at its start that were given back
         self.received = 0  # bytes of items and outcome, buffers included
 
-    def make(self, streams: bool) -> None:
+    def make(self, sends: bool) -> None:
         """Make them all; raise OSError where memory or descriptors are wanting."""
         _keep(self.mapping, _libc_mmap, None, _SHARED_SIZE, *_MMAP_SHARED)
         start = self.mapping[0]
@@ -410,9 +410,9 @@ class _Shared:
         _make_bulk(self.bulk)
         if not _LINUX:  # where a file in memory may have links
             self.identity = os.fstat(self.bulk[0])
-        _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK, streams)
-        if streams:
-            _make_counter(self.room, _EFD_CLOEXEC, streams)
+        _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK, high=sends)
+        if sends:
+            _make_counter(self.room, _EFD_CLOEXEC, high=True)
 
     def read_counter(self) -> bool:
         """Add what the child has published since; return whether that was anything."""
