@@ -2113,7 +2113,8 @@ def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
     """Raise what the callable raised, or what went wrong in the child; both are a text and an exception behind it."""
     __tracebackhide__ = True
     name = _name(call.function)
-    text, error, state = "", None, {}
+    text, state = "", {}
+    error: Any = None
     unpickler: Any = None
     try:
         if kind == _UNWRITTEN:
@@ -2123,7 +2124,7 @@ def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
             unpickler = reader.unpickler(reader.take_buffers())
         text = unpickler.load()
         error, state = unpickler.load()
-        if kind == _RAISED and not isinstance(error, BaseException):
+        if not isinstance(error, BaseException) and (kind == _RAISED or error is not None):
             raise TypeError(f"it unpickles to {type(error).__qualname__}")
         _set_exception_state(error, state)
     except Exception as failed:
@@ -2131,6 +2132,7 @@ def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
         if kind == _RAISED:
             message = f"{name} raised an exception that does not unpickle ({_say(failed)}):\n{text}"
             raise call.error(SerializationError, message) from failed
+        error = None
     unpickler = None
     failures = {_UNPICKLABLE: SerializationError, _UNWRITTEN: ResultDeliveryError, _SETUP_FAILED: ChildSetupError}
     try:

@@ -923,6 +923,7 @@ UNPICKLABLE = {
     "not ever": functools.partial(OnPickle, raise_it, KeyboardInterrupt("not ever")),
     "OnPickle": functools.partial(OnPickle, raise_it, StrRaises()),
     "PicklesAs": lambda: OnPickle(raise_it, PicklesAs(sys.exit)),
+    "of type OnPickle": lambda: OnPickle(raise_it, PicklesAs(lambda: (int, ("5",)))),
     "cannot be pickled": lambda: OnPickle(raise_it, PicklesAs(lambda: (raise_it, (ValueError("no unpickling"),)))),
 }
 
