@@ -2113,9 +2113,9 @@ def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
     """Raise what the callable raised, or what went wrong in the child; both are a text and an exception behind it."""
     __tracebackhide__ = True
     name = _name(call.function)
-    text, state = "", {}
-    error: Any = None
+    text, error, state = "", None, {}
     unpickler: Any = None
+    expected: Any = BaseException if kind == _RAISED else (BaseException, type(None))
     try:
         if kind == _UNWRITTEN:
             unpickler = _Unpickler(io.BytesIO(call.shared.region[_REGION_SIZE : _REGION_SIZE + end - start]))
@@ -2124,7 +2124,7 @@ def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
             unpickler = reader.unpickler(reader.take_buffers())
         text = unpickler.load()
         error, state = unpickler.load()
-        if not isinstance(error, BaseException) and (kind == _RAISED or error is not None):
+        if not isinstance(error, expected):
             raise TypeError(f"it unpickles to {type(error).__qualname__}")
         _set_exception_state(error, state)
     except Exception as failed:
