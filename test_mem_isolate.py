@@ -3049,7 +3049,7 @@ def test_a_stop_is_not_taken_for_the_end_of_a_child_that_is_killed(monkeypatch):
         return pid
 
     monkeypatch.setattr(mem_isolate, "_libc_wait4", see_a_stop)
-    raised(CallableTimeoutError, isolated(block_every_signal_and_sleep, timeout=0.05))
+    raised(CallableTimeoutError, isolated(block_every_signal_and_sleep, timeout=0.5))
     assert mem_isolate._libc_wait4 is wait4
     assert_no_child_is_left()
 
