@@ -226,20 +226,20 @@ _libc_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)  # Linux has it
 if _libc_fallocate is not None:
     _libc_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_libc_madvise_quick = _libc_no_errno.madvise
-_libc_madvise_quick.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc_madvise_holding_gil = _libc_no_errno.madvise
+_libc_madvise_holding_gil.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MADV_DONTFORK = getattr(mmap, "MADV_DONTFORK", None)  # Linux has it
 
 # wait4 is waitpid that also tells what the child used; a libc without it ignores the fourth argument of waitpid.
 _libc_wait4 = getattr(_libc, "wait4", None) or _libc.waitpid
-_libc_wait4_nohang = getattr(_libc_holding_gil, "wait4", None) or _libc_holding_gil.waitpid
+_libc_wait4_holding_gil = getattr(_libc_holding_gil, "wait4", None) or _libc_holding_gil.waitpid
 # struct rusage begins with two times of two words each, then the peak; musl's on 32 bits is different, and not read.
 _USAGE_IS_KNOWN = hasattr(_libc, "wait4") and (sys.maxsize > 2**32 or hasattr(_libc, "gnu_get_libc_version"))
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
 
-_memoryview = _libc_no_errno.PyMemoryView_FromMemory
-_memoryview.restype = ctypes.py_object
-_memoryview.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+_view_of_memory = _libc_no_errno.PyMemoryView_FromMemory
+_view_of_memory.restype = ctypes.py_object
+_view_of_memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _PYBUF_WRITE = 0x200
 # What mmap takes behind the length: protection, flags, descriptor, offset.
 _MMAP_SHARED = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0
@@ -384,7 +384,7 @@ class _Shared:
 
     header: Any = None  # the five words, as integers
     region: Any = None  # the bytes behind them: the first of the stream, then room for last words
-    identity: os.stat_result | None = None  # of the bulk, where it is needed to know it again
+    identity: os.stat_result | None = None  # of the bulk, where the child cannot know it by its having no name
 
     def __init__(self) -> None:
         self.parent = _getpid()
@@ -404,8 +404,8 @@ class _Shared:
         if start == _MAP_FAILED:
             self.mapping.clear()
             raise _os_error("no memory for the result")
-        self.header = _memoryview(start, _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
-        self.region = _memoryview(start + _HEADER_SIZE, _REGION_SIZE + _LAST_WORDS_SIZE, _PYBUF_WRITE)
+        self.header = _view_of_memory(start, _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
+        self.region = _view_of_memory(start + _HEADER_SIZE, _REGION_SIZE + _LAST_WORDS_SIZE, _PYBUF_WRITE)
         self.header[_PROGRESS] = _NOT_STARTED
         _make_bulk(self.bulk)
         if not _LINUX:  # where a file in memory may have links
@@ -571,7 +571,7 @@ class _Writer:
                     number = fcntl.fcntl(file.fileno(), _F_DUPFD_CLOEXEC, 3)  # not as stdout
         found, identity = os.fstat(number), self.shared.identity
         ours = os.path.samestat(found, identity) if identity else found.st_nlink == 0  # it has no name
-        if not ours or number == self.shared.bulk[0] and found.st_size:  # and is still empty
+        if not ours or (number == self.shared.bulk[0] and found.st_size):  # one not opened anew must be empty still
             raise OSError(errno.EBADF, "the callable closed the descriptor for large results")
         return number
 
@@ -618,13 +618,18 @@ class _ItemSender:
         shared = writer.shared
         self.writer, self.bulk, self.counter, self.room = writer, shared.bulk[0], shared.counter[-1], shared.room[0]
         self.sent = self.taken = 0  # bytes
-        self.streams = sys.stdout, sys.stderr
-        self.pid = 0
+        self.copied = False  # whether this is a process that the body forked
+        self.flushes: tuple[Any, ...] = ()
 
     def send(self, item: Any) -> None:
-        if _getpid() != self.pid:
-            _libc_exit(0)  # a process that the body forked came back out of it
-        _flush_text(*self.streams)  # the reader may leave at this item, and the child is killed then
+        if self.copied:
+            _libc_exit(0)  # it came back out of the body
+        try:
+            for flush in self.flushes:  # the reader may leave at this item, and the child is killed then
+                flush()
+        except Exception as error:  # a stream is closed or broken
+            _raise_if_from_handler(error)
+            self.flushes = ()
         buffers = self.writer.buffers = []
         try:
             stream = pickle.dumps(item, 5, buffer_callback=self.writer.keep_out_of_band)
@@ -662,7 +667,10 @@ class _ItemSender:
 
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a generator function of either kind to its end in the child; return what it returns."""
-        writer, self.pid = self.writer, _getpid()
+        writer = self.writer
+        os.register_at_fork(after_in_child=functools.partial(setattr, self, "copied", True))  # getpid takes longer
+        with _tolerating(Exception):  # there may be none
+            self.flushes = sys.stdout.flush, sys.stderr.flush
         try:
             items = function(*args, **kwargs)
             if isinstance(items, types.AsyncGeneratorType):
@@ -909,12 +917,12 @@ _LOCK_TYPES = (type(threading.Lock()), type(threading.RLock()))  # at the import
 _bootstrap: Any = sys.modules["_frozen_importlib"]
 # Locks of the standard library's own modules that another thread may hold at any moment.
 _STANDARD_LOCKS = (
-    ("_strptime", "_cache_lock"),
-    ("asyncio.events", "_lock"),
-    ("asyncio.mixins", "_global_lock"),
-    ("concurrent.futures.thread", "_global_shutdown_lock"),
-    ("sysconfig", "_CONFIG_VARS_LOCK"),  # reentrant
-    ("tempfile", "_once_lock"),
+    ("_strptime", "_cache_lock", "Lock"),
+    ("asyncio.events", "_lock", "Lock"),
+    ("asyncio.mixins", "_global_lock", "Lock"),
+    ("concurrent.futures.thread", "_global_shutdown_lock", "Lock"),
+    ("sysconfig", "_CONFIG_VARS_LOCK", "RLock"),
+    ("tempfile", "_once_lock", "Lock"),
 )
 _FREE_THREADED = "t" in sys.abiflags
 #: Private parts of CPython that calls beside other threads lean on, and that this version does not have.
@@ -934,8 +942,9 @@ def _python_function(name: str, restype: Any, *argtypes: Any) -> Any:
     return function
 
 
-_needed = ["_imp.acquire_lock", "_frozen_importlib._module_locks", "_frozen_importlib._blocking_on"]
-for _private in (*_needed, "threading._after_fork", "logging._handlerList"):
+_PRIVATE_PARTS = "_imp.acquire_lock _frozen_importlib._module_locks _frozen_importlib._blocking_on"
+_PRIVATE_PARTS += " threading._after_fork logging._handlerList"
+for _private in _PRIVATE_PARTS.split():
     _owner, _part = _private.split(".")
     if not hasattr(sys.modules[_owner], _part):
         _missing_parts.append(_private)
@@ -1040,8 +1049,8 @@ def _streams() -> tuple[Any, ...]:
     return getattr(sys, "stdout", None), getattr(sys, "stderr", None), sys.__stdout__, sys.__stderr__
 
 
-def _flush_text(*streams: Any) -> bool:
-    """Flush streams of Python; one that is closed or broken breaks nothing, but is told."""
+def _flush(*streams: Any) -> bool:
+    """Flush streams of Python, and C's stdout and stderr; one that is closed or broken breaks nothing, but is told."""
     flushed = True
     for stream in streams:
         try:
@@ -1050,12 +1059,6 @@ def _flush_text(*streams: Any) -> bool:
         except Exception as error:
             _raise_if_from_handler(error)
             flushed = False
-    return flushed
-
-
-def _flush(*streams: Any) -> bool:
-    """Flush them, and C's stdout and stderr."""
-    flushed = _flush_text(*streams)
     for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
         if _libc_fpending is None or _libc_fpending(pointer):
             _libc.fflush(pointer)
@@ -1114,10 +1117,10 @@ def _renew(hooks: list[Any]) -> None:
     _bootstrap._module_locks.clear()
     _bootstrap._blocking_on.clear()
     threading._after_fork()  # type: ignore[attr-defined]  # only this thread is left, and it is the main thread
-    for module_name, name in _STANDARD_LOCKS:
+    for module_name, name, kind in _STANDARD_LOCKS:
         module = sys.modules.get(module_name)
         if hasattr(module, name):
-            setattr(module, name, threading.RLock() if "CONFIG" in name else threading.Lock())
+            setattr(module, name, getattr(threading, kind)())
     _renew_logging()
 
 
@@ -1553,7 +1556,7 @@ class _Process:
         """Look whether the child is gone, or, without WNOHANG among the options, wait until it is."""
         if self.pids[0] in self.waited and not os.WIFSTOPPED(self.ending[_STATUS]):
             self.gone = True
-        wait4 = _libc_wait4_nohang if options else _libc_wait4
+        wait4 = _libc_wait4_holding_gil if options else _libc_wait4
         while not self.gone:
             pid = wait4(self.pids[0], ctypes.byref(self.ending), options, ctypes.byref(self.ending, _USAGE_AT))
             if pid > 0 and os.WIFSTOPPED(self.ending[_STATUS]):  # it asked to be traced, and would wait for ever
@@ -1625,7 +1628,7 @@ class _Process:
 
 
 def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> bool:
-    """Fork; the child runs ``child`` and exits. Return False if there are other threads by now, and ``threads`` is not.
+    """Fork; the child runs ``child`` and exits. Return False if there are other threads, which ``threads`` denies.
 
     All of it is one step of C: the parent's part ends at the first call that returns something true, which is fork,
     with the pid; in the child fork returns 0, and the list goes on to its own end. So the pid cannot be lost, the
@@ -1691,7 +1694,7 @@ def _watch_end(process: _Process) -> None:
         _raise_if_from_handler(error)
 
 
-def _offer_to_the_kernel(process: _Process) -> None:
+def _raise_oom_score(process: _Process) -> None:
     """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
     if not _LINUX or _handler_of(signal.SIGCHLD) == 1:  # ignored: the pid may be another's by now
         return
@@ -1721,7 +1724,7 @@ class _Call:
     report_at = _REPORT_AT
     rebuilt: Any = None  # a result that was read while the child wrote it, in a list of one, or the exception it raised
     most_memory = 0  # that the child may have, in bytes, where there is a limit
-    looks = 0  # at the child, so far
+    times_looked = 0  # at the child
     hurried = False  # whether a generator's last item came just now
 
     def __init__(
@@ -1739,8 +1742,8 @@ class _Call:
         self.deadline = inf if self.timeout is None else now + self.timeout
         return now
 
-    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any] | None = None) -> None:
-        """Fork; the child calls the function, or ``run`` with the function as its first argument."""
+    def start(self, args: tuple[Any, ...], kwargs: dict[str, Any], through: Callable[..., Any] | None = None) -> None:
+        """Fork; the child calls the function, or ``through`` with the function as its first argument."""
         flushed = _flush(*_streams())  # or the child would print again what waits in them
         shared = self.shared
         try:
@@ -1753,8 +1756,8 @@ class _Call:
             raise RegionCreationError(f"no memory or descriptor for the result could be had: {error}") from error
         writer = _Writer(shared, not self.sends)
         if self.sends:
-            run = _ItemSender(writer).send_all
-        function, args = (run, (self.function, *args)) if run else (self.function, args)
+            through = _ItemSender(writer).send_all
+        function, args = (through, (self.function, *args)) if through else (self.function, args)
         while not _launch(self, writer, flushed, function, args, kwargs):
             self.process = _Process()  # the steps of the other are used up
         _watch_end(self.process)
@@ -1769,9 +1772,9 @@ class _Call:
         process = self.process
         if process.reap():
             return None
-        looks, self.looks = self.looks, self.looks + 1
+        looks, self.times_looked = self.times_looked, self.times_looked + 1
         if looks == 1:
-            _offer_to_the_kernel(process)
+            _raise_oom_score(process)
         left = self.deadline - _clock()
         if left > 0:
             if process.watch:
@@ -1790,7 +1793,7 @@ class _Call:
             process.send(process.timeout_signal)
         return self.look()
 
-    def error(self, kind: type[MemIsolateError], message: str, **details: object) -> MemIsolateError:
+    def new_error(self, kind: type[MemIsolateError], message: str, **details: object) -> MemIsolateError:
         return kind(message, **details, **self.process.costs())
 
     def __enter__(self) -> _Call:
@@ -1844,7 +1847,7 @@ def _launch(call: _Call, writer: _Writer, flushed: bool, function: Any, args: An
         return False
     if _MADV_DONTFORK and (threads or function is not call.function):
         # A later child, forked while this one runs, does not get this region to scribble on.
-        _libc_madvise_quick(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
+        _libc_madvise_holding_gil(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
     return True
 
 
@@ -1935,7 +1938,7 @@ def _sleep(call: _Call, seconds: float) -> None:
     if not hasattr(select, "poll"):  # eventlet takes it away, and lets others run in select
         select.select(descriptors, [], [], seconds)
     elif not process.watch and call.timeout is None and not call.sends and "gevent" not in sys.modules:
-        _offer_to_the_kernel(process)
+        _raise_oom_score(process)
         process.reap(0)
     else:
         poller = select.poll()
@@ -2061,7 +2064,7 @@ class _ItemReceiver:
 
     def read(self, memory: Any) -> Any:
         if _read_at(self.shared.bulk[0], memory, self.taken % _RING) < len(memory):
-            raise self.call.error(DeserializationError, "the items were cut short")
+            raise self.call.new_error(DeserializationError, "the items were cut short")
         self.taken += len(memory)
         self.shared.received += len(memory)
         if self.taken - self.told >= _RING // 8:  # so seldom that a socket takes it, and before the child must wait
@@ -2075,7 +2078,7 @@ class _ItemReceiver:
         except Exception as error:
             _raise_if_from_handler(error)
             message = f"{_name(self.call.function)} yielded an item, but rebuilding it raised {_say(error)}"
-            raise self.call.error(DeserializationError, message) from error
+            raise self.call.new_error(DeserializationError, message) from error
 
 
 # ------------------------------------------------------------------------------------------ The outcome, in the parent
@@ -2106,7 +2109,7 @@ def _outcome(call: _Call) -> Any:
     except Exception as error:
         _raise_if_from_handler(error)
         message = f"{_name(call.function)} returned, but rebuilding its result raised {_say(error)}"
-        raise call.error(DeserializationError, message) from error
+        raise call.new_error(DeserializationError, message) from error
 
 
 def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
@@ -2131,14 +2134,14 @@ def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
         _raise_if_from_handler(failed)
         if kind == _RAISED:
             message = f"{name} raised an exception that does not unpickle ({_say(failed)}):\n{text}"
-            raise call.error(SerializationError, message) from failed
+            raise call.new_error(SerializationError, message) from failed
         error = None
-    unpickler = None
+    unpickler = None  # whose memo holds them
     failures = {_UNPICKLABLE: SerializationError, _UNWRITTEN: ResultDeliveryError, _SETUP_FAILED: ChildSetupError}
     try:
         if kind == _RAISED:
             raise error from _ChildTraceback(text)  # type: ignore[misc]
-        raise call.error(failures.get(kind, DeserializationError), f"{name}: {text}") from error
+        raise call.new_error(failures.get(kind, DeserializationError), f"{name}: {text}") from error
     finally:
         del error, state  # which refer to this frame, through a traceback
 
@@ -2167,7 +2170,7 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
         kind, message = ResultDeliveryError, f"{name} ended, but the child did not deliver its outcome: {ending}{where}"
     else:
         message = f"the child did not survive {name}: {ending}{where}; retry only if it may run twice"
-    error = call.error(kind, message, **details)
+    error = call.new_error(kind, message, **details)
     error.__cause__ = _ChildTraceback(report) if report else process.wait_error
     return error
 
@@ -2209,7 +2212,7 @@ async def _run_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     __tracebackhide__ = True
     _need_loop()
     with call, call, call, call, call:
-        call.start(args, kwargs, run=_run_coroutine)
+        call.start(args, kwargs, through=_run_coroutine)
         for seconds in iter(call.look, None):
             await _sleep_async(call, seconds)
         return _outcome(call)
@@ -2413,7 +2416,7 @@ _HUGE_PAGE = 2 << 20
 _FULL = _HUGE_PAGE - _HUGE_PAGE // 21  # what must be resident of a block: filling the rest adds 5 % at most
 _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25
 _libc_madvise = _libc.madvise
-_libc_madvise.argtypes = _libc_madvise_quick.argtypes
+_libc_madvise.argtypes = _libc_madvise_holding_gil.argtypes
 # VmFlags of stacks, of locked and hugetlb memory, of what forks skip or empty, and of what refuses huge pages.
 _LEFT_ALONE = frozenset([b"gd", b"lo", b"ht", b"dc", b"wf", b"nh"])
 

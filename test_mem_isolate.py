@@ -2242,7 +2242,7 @@ def test_no_lock_of_logging_or_of_the_standard_library_is_waited_for(tmp_path):
     logger, waiting = logging.getLogger("held"), logging.handlers.QueueHandler(queue.Queue())
     logger.handlers = [*[logging.FileHandler(path) for _ in range(20)], waiting]
     importlib.import_module("_strptime"), importlib.import_module("concurrent.futures.thread")
-    standard = [(sys.modules.get(module), lock) for module, lock in mem_isolate._STANDARD_LOCKS]
+    standard = [(sys.modules.get(module), lock) for module, lock, _ in mem_isolate._STANDARD_LOCKS]
     others = [getattr(module, lock) for module, lock in standard if hasattr(module, lock)]
 
     def hold():
@@ -2630,7 +2630,7 @@ def test_no_address_space_left_is_a_region_creation_error():
     finally:
         leave_address_space(1 << 40)
     assert call(int, "5") == 5
-    mem_isolate._memoryview = lambda *_: raise_it(MemoryError())
+    mem_isolate._view_of_memory = lambda *_: raise_it(MemoryError())
     failure(RegionCreationError, int)
 
 
