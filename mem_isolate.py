@@ -64,7 +64,7 @@ try:
     import fcntl
     import resource
     from ctypes import PyDLL, pythonapi
-except ImportError as error:
+except (ImportError, OSError) as error:  # the latter where Python is linked statically
     raise ImportError(
         f"mem_isolate needs ctypes and friends, which here cannot be imported ({error}): it runs on CPython on POSIX, "
         "calls fork through ctypes.PyDLL, and is imported by the main interpreter"
@@ -213,7 +213,8 @@ _libc_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
 _libc_eventfd = getattr(_libc_holding_gil, "eventfd", None)  # Linux, FreeBSD 13
 _libc_prctl = getattr(_libc_no_errno, "prctl", None)  # Linux has it
-_libc_sigaltstack = getattr(_libc_no_errno, "sigaltstack", None) if _LINUX else None  # elsewhere stack_t differs
+_KNOWS_STACK_T = _LINUX and not os.uname().machine.startswith("mips")
+_libc_sigaltstack = getattr(_libc_no_errno, "sigaltstack", None) if _KNOWS_STACK_T else None
 _libc_fpending = getattr(_libc_no_errno, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
 _libc_fpurge = getattr(_libc_no_errno, "__fpurge", None) or getattr(_libc_no_errno, "fpurge", None)  # or of the BSDs
 
@@ -277,7 +278,9 @@ for _fault in _FAULTS:
 _pidfd_open: Any = getattr(os, "pidfd_open", None) or getattr(_libc_holding_gil, "pidfd_open", None)
 _pidfd_send_signal = getattr(signal, "pidfd_send_signal", None)
 
-_clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)  # time.monotonic may be replaced by a test suite
+_clock = time.monotonic
+if hasattr(time, "clock_gettime"):  # not in all builds for macOS; and test suites replace time.monotonic
+    _clock = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 _read, _write = posix.read, posix.write  # eventlet replaces those of os, and lets other greenlets run in them
 _getpid, _getppid, _set_wakeup_fd = os.getpid, os.getppid, signal.set_wakeup_fd
 _gettrace, _getprofile, _getrecursionlimit = sys.gettrace, sys.getprofile, sys.getrecursionlimit
@@ -373,8 +376,7 @@ _RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
 
 # Where the bulk's descriptor stands for what is written at its position, the child's stack: far behind any result.
 _REPORT_AT = 1 << 40  # bytes, which ext4 allows
-# High numbers are out of the way of the callable's own descriptors; elsewhere than on Linux, of the standard streams'.
-_LOWEST_NUMBERS = (1000, 512, 64, 3) if _LINUX else (3,)  # select takes none from 1,024 on
+_LOWEST_NUMBERS = (1000, 512, 64, 3)  # out of the way of the callable's own; select takes none from 1,024 on
 # fcntl's third argument is variadic, which ctypes cannot pass everywhere; Python's own gives the GIL away.
 _fcntl: Any = _libc_holding_gil.fcntl if _LINUX else fcntl.fcntl
 
@@ -407,8 +409,7 @@ class _Shared:
         self.header = _view_of_memory(start, _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
         self.region = _view_of_memory(start + _HEADER_SIZE, _REGION_SIZE + _LAST_WORDS_SIZE, _PYBUF_WRITE)
         self.header[_PROGRESS] = _NOT_STARTED
-        _make_bulk(self.bulk)
-        if not _LINUX:  # where a file in memory may have links
+        if not _make_bulk(self.bulk):
             self.identity = os.fstat(self.bulk[0])
         _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK, high=sends)
         if sends:
@@ -434,7 +435,7 @@ class _Shared:
         _drain(self.counter, _libc_close)
         _drain(self.room, _libc_close)
         large = self.published or self.received > _REGION_SIZE  # to free it takes a while, and others may run
-        _drain(self.bulk, os.close if large else _libc_close)
+        _drain(self.bulk, _libc.close if large else _libc_close)
 
     def release(self) -> None:
         """Give back all that is still held; a second call goes on where the first was cut short."""
@@ -458,21 +459,23 @@ def _punch(bulk: int, start: int, end: int) -> None:
         _libc_fallocate(bulk, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, start, end - start)
 
 
-def _make_bulk(descriptors: list[int]) -> None:
-    """Append the descriptor of a file in memory that has no name."""
+def _make_bulk(descriptors: list[int]) -> bool:
+    """Append the descriptor of a file in memory; return whether it surely has no links, by which a child knows it."""
     if _libc_memfd_create is not None:
         _keep(descriptors, _libc_memfd_create, b"mem_isolate", _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
         if descriptors[0] >= 0:
             _move_up(descriptors)
-            return
+            return _LINUX
         descriptors.clear()
         if ctypes.get_errno() in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise _os_error()
     import tempfile  # for a kernel or sandbox without memfd_create
 
-    with tempfile.TemporaryFile() as file:  # has no name any more
-        _keep(descriptors, os.dup, file.fileno())
-        _move_up(descriptors)
+    path = f"{tempfile.gettempdir()}/mem_isolate-{os.urandom(8).hex()}"
+    made = _step(posix.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptors.extend(chain(made, filter(None, _step(posix.unlink, path))))  # one step of C, as in _keep
+    _move_up(descriptors)
+    return False  # NFS renames a file that is open
 
 
 def _make_counter(descriptors: list[int], flags: int, high: bool = False) -> None:
@@ -500,7 +503,12 @@ def _move_up(descriptors: list[int]) -> None:
     Low numbers stand for closed standard streams, or are soon some file's of a callable that closes all it can.
     """
     for lowest in _LOWEST_NUMBERS:
-        _keep(descriptors, _fcntl, descriptors[0], _F_DUPFD_CLOEXEC, lowest)
+        try:
+            _keep(descriptors, _fcntl, descriptors[0], _F_DUPFD_CLOEXEC, lowest)
+        except OSError as error:  # of Python's fcntl
+            if lowest == _LOWEST_NUMBERS[-1] or _is_from_handler(error):
+                raise
+            continue
         if descriptors[-1] >= 0:
             any(map(_libc_close, map(descriptors.pop, (0,))))
             return
@@ -619,17 +627,16 @@ class _ItemSender:
         self.writer, self.bulk, self.counter, self.room = writer, shared.bulk[0], shared.counter[-1], shared.room[0]
         self.sent = self.taken = 0  # bytes
         self.copied = False  # whether this is a process that the body forked
-        self.flushes: tuple[Any, ...] = ()
+        self.flushes: list[Any] = []
 
     def send(self, item: Any) -> None:
         if self.copied:
             _libc_exit(0)  # it came back out of the body
-        try:
-            for flush in self.flushes:  # the reader may leave at this item, and the child is killed then
+        for flush in self.flushes:  # the reader may leave at this item, and the child is killed then
+            try:
                 flush()
-        except Exception as error:  # a stream is closed or broken
-            _raise_if_from_handler(error)
-            self.flushes = ()
+            except Exception as error:  # the stream is closed or broken
+                _raise_if_from_handler(error)
         buffers = self.writer.buffers = []
         try:
             stream = pickle.dumps(item, 5, buffer_callback=self.writer.keep_out_of_band)
@@ -669,8 +676,7 @@ class _ItemSender:
         """Run a generator function of either kind to its end in the child; return what it returns."""
         writer = self.writer
         os.register_at_fork(after_in_child=functools.partial(setattr, self, "copied", True))  # getpid takes longer
-        with _tolerating(Exception):  # there may be none
-            self.flushes = sys.stdout.flush, sys.stderr.flush
+        self.flushes = [stream.flush for stream in _streams()[:2] if hasattr(stream, "flush")]
         try:
             items = function(*args, **kwargs)
             if isinstance(items, types.AsyncGeneratorType):
@@ -829,7 +835,7 @@ class _ExceptionPickler(pickle.Pickler):
             reduced = cls, (obj.message, obj.exceptions), *reduced[2:]  # type: ignore[attr-defined]
         if _sets_its_own_state(cls):
             return (_new_exception, (cls, reduced[1]), *reduced[2:])
-        if isinstance(obj, OSError) and obj.errno is None and obj.args[:1] != (None,):
+        if isinstance(obj, OSError) and obj.errno is None and not (obj.args and obj.args[0] is None):
             reduced = cls, ()  # its __init__, unlike that of OSError, has taken no errno out of its arguments
         return _new_exception, (cls, reduced[1]), _exception_state(obj), None, None, _set_exception_state
 
@@ -1420,7 +1426,9 @@ def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> 
 
 
 def _let_report_timeouts(process: _Process, bulk: int, mask: Any) -> None:
-    for number in range(getattr(signal, "SIGRTMIN", 0), getattr(signal, "SIGRTMAX", -1) + 1):
+    # macOS and OpenBSD have no real-time signals; those of FreeBSD are beyond what Python before 3.11 takes.
+    last = min(getattr(signal, "SIGRTMAX", 0), signal.NSIG - 1)
+    for number in range(getattr(signal, "SIGRTMIN", 1), last + 1) or [int(signal.SIGVTALRM)]:
         if not _handler_of(number) and not _libc_no_errno.sigismember(mask, number):
             process.timeout_signal = number
             process.blocked = _Words.from_buffer_copy(_ALL_BUT_FAULTS)
@@ -2154,7 +2162,7 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
         ending += ", or because the thread that asked for the first item has ended"
     fault = _FAULTS.get(details.get("signal"))  # type: ignore[arg-type]
     where = report = ""
-    if process.expired or fault:
+    if (process.expired and process.timeout_signal) or fault:  # else a process that the callable forked wrote it
         head = "" if process.expired else f"Fatal Python error: {fault}"
         with _tolerating(Exception):  # of want of memory, or of a late import to show source lines
             where, report = _read_report(call.shared.bulk[0], call.report_at, head)
@@ -2236,7 +2244,9 @@ async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, A
     with call, call, call, call, call:
         receiver = _ItemReceiver(call)
         items = receiver.items()
-        forgotten = weakref.finalize(receiver, call.give_back)  # for nobody closes it where its loop is closed
+        forgotten = weakref.finalize(
+            receiver, call.__exit__, GeneratorExit
+        )  # for nobody closes it where its loop is closed
         try:
             call.start(args, kwargs)
             for seconds in chain(iter(call.look, None), (0,)):  # once more when the child is gone
