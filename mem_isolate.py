@@ -627,15 +627,15 @@ class _ItemSender:
         self.writer, self.bulk, self.counter, self.room = writer, shared.bulk[0], shared.counter[-1], shared.room[0]
         self.sent = self.taken = 0  # bytes
         self.copied = False  # whether this is a process that the body forked
-        self.flushes: list[Any] = []
+        self.streams = [stream for stream in _streams()[:2] if stream is not None]
 
     def send(self, item: Any) -> None:
         if self.copied:
             _libc_exit(0)  # it came back out of the body
-        for flush in self.flushes:  # the reader may leave at this item, and the child is killed then
+        for stream in self.streams:  # the reader may leave at this item, and the child is killed then
             try:
-                flush()
-            except Exception as error:  # the stream is closed or broken
+                stream.flush()
+            except Exception as error:  # it is closed or broken
                 _raise_if_from_handler(error)
         buffers = self.writer.buffers = []
         try:
@@ -676,7 +676,6 @@ class _ItemSender:
         """Run a generator function of either kind to its end in the child; return what it returns."""
         writer = self.writer
         os.register_at_fork(after_in_child=functools.partial(setattr, self, "copied", True))  # getpid takes longer
-        self.flushes = [stream.flush for stream in _streams()[:2] if hasattr(stream, "flush")]
         try:
             items = function(*args, **kwargs)
             if isinstance(items, types.AsyncGeneratorType):

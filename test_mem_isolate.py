@@ -1604,7 +1604,7 @@ def test_a_bad_stream_breaks_nothing(broken_in, monkeypatch):
             print("to nowhere")
         return end(*arguments)
 
-    for stream in [None, object(), closed, detached, failing, *unwritable]:
+    for stream in [None, object(), Broken(), closed, detached, failing, *unwritable]:
         if stream in unwritable:
             stream.write("pending")
         with monkeypatch.context() as patch:
@@ -1614,6 +1614,7 @@ def test_a_bad_stream_breaks_nothing(broken_in, monkeypatch):
             assert [len(call(print_and_end, stream, bytes, size)) for size in (5, BULK)] == [5, BULK]
             raised(KeyError, call, print_and_end, stream, raise_it, KeyError())
             failure(UnexpectedExitStatusError, print_and_end, stream, os._exit, 3)
+            assert list(isolated(lambda stream=stream: (yield print_and_end(stream, int)))()) == [0]
     for stream in unwritable:
         raised(OSError, stream.close)
 
