@@ -213,7 +213,7 @@ _libc_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc_memfd_create = getattr(_libc_holding_gil, "memfd_create", None)  # Linux 3.17, glibc 2.27
 _libc_eventfd = getattr(_libc_holding_gil, "eventfd", None)  # Linux, FreeBSD 13
 _libc_prctl = getattr(_libc_no_errno, "prctl", None)  # Linux has it
-_KNOWS_STACK_T = _LINUX and not os.uname().machine.startswith("mips")
+_KNOWS_STACK_T = _LINUX and not os.uname().machine.startswith("mips")  # others have its fields in another order
 _libc_sigaltstack = getattr(_libc_no_errno, "sigaltstack", None) if _KNOWS_STACK_T else None
 _libc_fpending = getattr(_libc_no_errno, "__fpending", None)  # glibc and musl: bytes that wait in a C stream
 _libc_fpurge = getattr(_libc_no_errno, "__fpurge", None) or getattr(_libc_no_errno, "fpurge", None)  # or of the BSDs
@@ -409,7 +409,7 @@ class _Shared:
         self.header = _view_of_memory(start, _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
         self.region = _view_of_memory(start + _HEADER_SIZE, _REGION_SIZE + _LAST_WORDS_SIZE, _PYBUF_WRITE)
         self.header[_PROGRESS] = _NOT_STARTED
-        if not _make_bulk(self.bulk):
+        if not _make_bulk(self.bulk):  # to ask always would cost each call page faults
             self.identity = os.fstat(self.bulk[0])
         _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK, high=sends)
         if sends:
@@ -627,16 +627,12 @@ class _ItemSender:
         self.writer, self.bulk, self.counter, self.room = writer, shared.bulk[0], shared.counter[-1], shared.room[0]
         self.sent = self.taken = 0  # bytes
         self.copied = False  # whether this is a process that the body forked
-        self.streams = [stream for stream in _streams()[:2] if stream is not None]
+        self.streams = _streams()[:2]
 
     def send(self, item: Any) -> None:
         if self.copied:
             _libc_exit(0)  # it came back out of the body
-        for stream in self.streams:  # the reader may leave at this item, and the child is killed then
-            try:
-                stream.flush()
-            except Exception as error:  # it is closed or broken
-                _raise_if_from_handler(error)
+        _flush_python(self.streams)  # the reader may leave at this item, and the child is killed then
         buffers = self.writer.buffers = []
         try:
             stream = pickle.dumps(item, 5, buffer_callback=self.writer.keep_out_of_band)
@@ -742,8 +738,8 @@ class _Reader(io.RawIOBase):
         mapped = lengths.index(largest) if largest >= _MAPPED else -1
         memory: list[Any] = []
         for offset, length in zip(_offsets(max(end - _REGION_SIZE, 0), lengths), lengths):
-            here = len(memory) == mapped
-            memory.append(offset if here else _read_stream(shared, _REGION_SIZE + offset, _new_memory(length)))
+            to_map = len(memory) == mapped
+            memory.append(offset if to_map else _read_stream(shared, _REGION_SIZE + offset, _new_memory(length)))
         if mapped >= 0:
             self.load(end)  # which mapping cuts away
             memory[mapped] = _map(shared, memory[mapped], largest)
@@ -1054,8 +1050,8 @@ def _streams() -> tuple[Any, ...]:
     return getattr(sys, "stdout", None), getattr(sys, "stderr", None), sys.__stdout__, sys.__stderr__
 
 
-def _flush(*streams: Any) -> bool:
-    """Flush streams of Python, and C's stdout and stderr; one that is closed or broken breaks nothing, but is told."""
+def _flush_python(streams: Iterable[Any]) -> bool:
+    """Flush streams of Python; one that is closed or broken breaks nothing, but is told."""
     flushed = True
     for stream in streams:
         try:
@@ -1064,6 +1060,12 @@ def _flush(*streams: Any) -> bool:
         except Exception as error:
             _raise_if_from_handler(error)
             flushed = False
+    return flushed
+
+
+def _flush(*streams: Any) -> bool:
+    """Flush them, and C's stdout and stderr."""
+    flushed = _flush_python(streams)
     for pointer in _C_STREAMS:  # not fflush(NULL): that waits for a thread that is reading from stdin
         if _libc_fpending is None or _libc_fpending(pointer):
             _libc.fflush(pointer)

@@ -510,10 +510,11 @@ def test_what_a_system_cannot_do_is_refused_on_import_or_when_decorating(missing
     assert printed.startswith("refused:") and word in printed
 
 
-def close_and_open(path, function):
-    os.closerange(3, 200)
-    for _ in range(20):
-        os.open(path, os.O_WRONLY | os.O_CREAT)
+def fill_descriptors_and_go_wrong(path, function, first=3):
+    os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    number = os.open(path, os.O_RDWR | os.O_CREAT)
+    while number < 600:
+        number = os.dup(number)
     function()
 
 
@@ -535,7 +536,7 @@ def test_it_does_without_what_only_linux_has(tmp_path):
         raised(KeyError, anew, raise_it, KeyError(1))
         late = raised(module.CallableTimeoutError, module.isolated(go_wrong, timeout=0.5), time.sleep, 60)
         assert "in go_wrong" in str(late)
-        raised(module.KilledBySignalError, anew, close_and_open, tmp_path / "precious", SEGFAULT)
+        raised(module.KilledBySignalError, anew, fill_descriptors_and_go_wrong, tmp_path / "precious", SEGFAULT)
         assert (tmp_path / "precious").read_bytes() == b""
         assert os.listdir(tmp_path) == ["precious"]
     posix.unlink = lambda path: os.rename(path, tmp_path / "as NFS does")
@@ -2423,9 +2424,9 @@ def test_handler_that_raises_at_any_moment_leaves_nothing_behind(beside, repeat)
                 signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, span))
                 assert call(*forms[number % 4]) == expected[number % 4]
                 assert not where, "an exception did not arrive that was raised at\n" + "".join(where)
-                armed = False
+                armed, span = False, span * 0.9  # so that the handler goes on hitting two calls of three under any load
             except Interrupt:
-                caught, armed = caught + 1, False
+                caught, armed, span = caught + 1, False, span * 1.05
             signal.setitimer(signal.ITIMER_REAL, 0)
             assert_nothing_is_left_after_an_exception(before, where)
         assert repeat * 0.1 < caught < repeat * 0.95, f"{caught} interruptions in {repeat} calls"
@@ -2503,6 +2504,12 @@ def rebuild_slowly():
     signal.setitimer(signal.ITIMER_REAL, 0.001)
     wait_until(lambda: not signal.getitimer(signal.ITIMER_REAL)[0])
     return "rebuilt"
+
+
+@fresh
+def test_child_in_which_a_step_fails_at_once_never_reaches_the_callers_code():
+    mem_isolate._freeze = functools.partial(raise_it, MemoryError())
+    assert failure(ChildSetupError, int).exit_status == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("_testcapi") is None, reason="needs _testcapi")
@@ -3384,15 +3391,9 @@ def test_a_faulthandler_that_the_callable_enables_or_disables_is_its_own(tmp_pat
     "kind, function", [(KilledBySignalError, SEGFAULT), (CallableTimeoutError, loop)], ids=["crash", "timeout"]
 )
 def test_a_callable_that_reuses_descriptors_gets_no_dump_in_its_files(tmp_path, kind, function, either_way):
-    def fill_descriptors_and_go_wrong(first):
-        os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        number = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-        while number < 600:
-            number = os.dup(number)
-        function()
-
     for first in (3, 10**6):  # it closes all, or none
-        _, frames = report(kind, isolated(timeout=0.4)(fill_descriptors_and_go_wrong), first)
+        limited = isolated(timeout=0.4)(fill_descriptors_and_go_wrong)
+        _, frames = report(kind, limited, tmp_path / "file", function, first)
         assert (tmp_path / "file").read_bytes() == b""
     assert "fill_descriptors_and_go_wrong" in frames
 
