@@ -66,8 +66,8 @@ try:
     from ctypes import PyDLL, pythonapi
 except (ImportError, OSError) as error:  # the latter where Python is linked statically
     raise ImportError(
-        f"mem_isolate needs ctypes and friends, which here cannot be imported ({error}): it runs on CPython on POSIX, "
-        "calls fork through ctypes.PyDLL, and is imported by the main interpreter"
+        f"mem_isolate cannot import ctypes, fcntl or resource here ({error}): it needs CPython on POSIX, linked "
+        "dynamically, with ctypes.PyDLL, and must be imported by the main interpreter"
     ) from error
 try:
     import faulthandler
@@ -110,7 +110,7 @@ class MemIsolateError(Exception):
     this: it is raised as it is.
     """
 
-    #: The signal that ended the child (an ``int`` for a real-time signal); None where another end, or a timeout, did.
+    #: The signal that ended the child (an ``int`` for a real-time signal); None after any other end, and a timeout.
     signal: Signals | int | None = None
     #: The status that the child ended with, or None.
     exit_status: int | None = None
@@ -144,7 +144,7 @@ class ChildSetupError(CallableDidNotExecuteError):
 
 
 class CallableExecutedError(MemIsolateError):
-    """The callable ran to its end, or to an item, but that did not arrive: retry only what may run twice."""
+    """The callable ended, or yielded, but the outcome or item did not arrive: retry only what may run twice."""
 
 
 class SerializationError(CallableExecutedError):
@@ -195,13 +195,13 @@ class _ChildTraceback(Exception):
 
 # ------------------------------------------------------------------------------------------------ libc and the C API
 # fork must keep the GIL (PyDLL): if another thread took it at the fork, the child would wait for it for ever. Calls
-# that may block must release it (CDLL), so that other threads run meanwhile. Those that cannot block keep it too, for
-# to get it back from busy threads takes milliseconds.
+# that may block must release it (CDLL), so that other threads run meanwhile. The rest keep it, since getting it back
+# from busy threads takes milliseconds: `_libc_...` keeps it, but for wait4, fallocate, madvise; `_libc.` releases it.
 
 _LINUX = sys.platform.startswith("linux")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_holding_gil = PyDLL(None, use_errno=True)
-_libc_no_errno = PyDLL(None)  # likewise, where nobody asks for errno: to keep it costs the child page faults
+_libc_no_errno = PyDLL(None)  # holds it too; for calls whose errno nobody reads: saving it costs a child page faults
 _libc_fork = _libc_holding_gil.fork
 _libc_exit = _libc_no_errno._exit
 _libc_close = _libc_no_errno.close
@@ -242,8 +242,8 @@ _view_of_memory = _libc_no_errno.PyMemoryView_FromMemory
 _view_of_memory.restype = ctypes.py_object
 _view_of_memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _PYBUF_WRITE = 0x200
-# What mmap takes behind the length: protection, flags, descriptor, offset.
-_MMAP_SHARED = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_MMAP_SHARED = _READ_WRITE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0  # and what follows them: no file, no offset
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 16  # of the mmap function
 
@@ -267,9 +267,10 @@ _FAULTS = {  # what faulthandler reports, and its words for it
     Signals.SIGILL: "Illegal instruction",
     Signals.SIGABRT: "Aborted",
 }
-_Words = ctypes.c_int * 80  # room for a sigset_t (128 bytes in glibc and musl) or for what wait4 fills in
-_STATUS, _USAGE_AT = 0, 8  # of the latter: the index of the status, the offset of a struct rusage
-_ALL_BUT_FAULTS = _Words()  # all but faults: one that is blocked kills without running the handler that tells where
+_Ending = ctypes.c_int * 80  # what wait4 fills in
+_STATUS, _USAGE_AT = 0, 8  # in there: the index of the status, the offset of a struct rusage
+_SignalSet = _Ending  # a sigset_t has 128 bytes in glibc and musl
+_ALL_BUT_FAULTS = _SignalSet()  # all but faults: one that is blocked kills without running the handler that tells where
 _libc.sigfillset(_ALL_BUT_FAULTS)
 for _fault in _FAULTS:
     _libc.sigdelset(_ALL_BUT_FAULTS, int(_fault))
@@ -307,19 +308,20 @@ def _drain(items: list[Any], function: Callable[..., Any], *arguments: Any) -> N
     """Take each item out and call a C function with it, in one step of C."""
     if items:
         taken = map(list.pop, repeat(items, len(items)))
-        any(map(function, taken, *map(repeat, arguments)))
+        sum(map(function, taken, *map(repeat, arguments)))  # any would stop at a close that fails
 
 
 def _is_from_handler(error: BaseException) -> bool:
-    """Whether a signal handler raised an error, where only errors of the system are expected.
+    """Whether a signal handler raised this error, where only errors of the system are expected.
 
-    A handler is known by its argument, unless it deletes that: a function that was given the very frame that called it.
+    A handler is a function that was passed the frame which called it; one that deletes that argument goes unnoticed.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         code, caller = frame.f_code, frame.f_back
         if code.co_filename == _THIS_FILE:  # no handler; and to ask for its locals would keep them alive
             continue
-        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + 1]:  # and that of *args
+        count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4)  # CO_VARARGS: *args comes last
+        for name in code.co_varnames[:count]:
             value = frame.f_locals.get(name)
             if caller and any(item is caller for item in (value if type(value) is tuple else (value,))):
                 return True
@@ -349,8 +351,8 @@ def _os_error(what: str = "") -> OSError:
 # header of five words. That works without a descriptor, and small as it is, little of it is in the way of a callable's
 # wild pointers. What does not fit there goes to the bulk, a file in memory that nobody has mapped while the callable
 # runs; a counter tells the parent how much the child has written there, so that it can read along. Nothing that was
-# written is written over. Large buffers follow the stream, each on pages of its own, so that one can be mapped. Before
-# its outcome a generator has its items, which go round in a ring at the start of the bulk.
+# written is written over. Large buffers follow the stream, each on pages of its own, so that one can be mapped. The
+# items of a generator come before its outcome, in a ring at the start of the bulk.
 
 _PAGE = mmap.PAGESIZE
 _SHARED_SIZE = 64 * 1024  # only the pages that are used cost anything
@@ -374,7 +376,7 @@ _NOT_STARTED, _RUNNING, _RETURNED, _DELIVERED = struct.unpack("4Q", b"notstartru
 # What the child delivers.
 _RESULT, _RAISED, _UNPICKLABLE, _UNWRITTEN, _SETUP_FAILED = range(5)
 
-# Where the bulk's descriptor stands for what is written at its position, the child's stack: far behind any result.
+# The file position of the bulk, at which faulthandler writes the child's stack: far behind any result.
 _REPORT_AT = 1 << 40  # bytes, which ext4 allows
 _LOWEST_NUMBERS = (1000, 512, 64, 3)  # out of the way of the callable's own; select takes none from 1,024 on
 # fcntl's third argument is variadic, which ctypes cannot pass everywhere; Python's own gives the GIL away.
@@ -382,11 +384,11 @@ _fcntl: Any = _libc_holding_gil.fcntl if _LINUX else fcntl.fcntl
 
 
 class _Shared:
-    """What parent and child share, until ``release``."""
+    """The memory and descriptors that the parent and the child of one call share."""
 
     header: Any = None  # the five words, as integers
     region: Any = None  # the bytes behind them: the first of the stream, then room for last words
-    identity: os.stat_result | None = None  # of the bulk, where the child cannot know it by its having no name
+    identity: os.stat_result | None = None  # of a bulk that may have a name; one without is known by that
 
     def __init__(self) -> None:
         self.parent = _getpid()
@@ -409,7 +411,7 @@ class _Shared:
         self.header = _view_of_memory(start, _HEADER_SIZE, _PYBUF_WRITE).cast("Q")
         self.region = _view_of_memory(start + _HEADER_SIZE, _REGION_SIZE + _LAST_WORDS_SIZE, _PYBUF_WRITE)
         self.header[_PROGRESS] = _NOT_STARTED
-        if not _make_bulk(self.bulk):  # to ask always would cost each call page faults
+        if not _make_bulk(self.bulk):  # not for every bulk: fstat costs page faults
             self.identity = os.fstat(self.bulk[0])
         _make_counter(self.counter, _EFD_CLOEXEC | _EFD_NONBLOCK, high=sends)
         if sends:
@@ -449,8 +451,7 @@ class _Shared:
 
 def _read_told(descriptor: int) -> int:
     """The bytes that the other side has told of, by a counter, since this was asked last."""
-    told = _read(descriptor, 4096)  # of sockets, one message behind the other
-    return sum(struct.unpack(f"={len(told) // 8}Q", told))
+    return sum(memoryview(_read(descriptor, 4096)).cast("Q"))  # a socket gives all the messages that wait
 
 
 def _punch(bulk: int, start: int, end: int) -> None:
@@ -473,7 +474,7 @@ def _make_bulk(descriptors: list[int]) -> bool:
 
     path = f"{tempfile.gettempdir()}/mem_isolate-{os.urandom(8).hex()}"
     made = _step(posix.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    descriptors.extend(chain(made, filter(None, _step(posix.unlink, path))))  # one step of C, as in _keep
+    descriptors.extend(chain(made, filter(None, _step(posix.unlink, path))))  # in one step; drops None
     _move_up(descriptors)
     return False  # NFS renames a file that is open
 
@@ -482,12 +483,12 @@ def _make_counter(descriptors: list[int], flags: int, high: bool = False) -> Non
     """Append an eventfd, or two connected sockets: the first is read, the last written."""
     if _libc_eventfd is not None:
         _keep(descriptors, _libc_eventfd, 0, flags)
-        if 0 <= descriptors[0] <= (sys.maxsize if high else 2):
+        if descriptors[0] >= 0 and (high or descriptors[0] <= 2):  # 0 to 2: a standard stream is closed
             _move_up(descriptors)
     else:
         ends = (ctypes.c_int * 2)()
         made = _step(_libc_holding_gil.socketpair, 1, 1, 0, ends)  # AF_UNIX, SOCK_STREAM
-        descriptors.extend(chain(filter(None, made), ends))  # one step of C, as in _keep
+        descriptors.extend(chain(filter(None, made), ends))  # one step of C, as in _keep: -1 first, where it failed
         if descriptors[0] >= 0:
             _move_up(descriptors)  # and so closed where the callable executes something else
             _move_up(descriptors)
@@ -605,12 +606,12 @@ class _Writer:
 
 
 def _counter_if_still_ours(descriptors: list[int]) -> int:
-    """The end of a counter to write to, or -1 where the callable closed it, or another file has got its number."""
+    """The eventfd to write to, or -1 where the callable closed it, another file has its number, or it is a socket."""
     another: list[int] = []
     with contextlib.suppress(OSError):
         found = os.fstat(descriptors[-1])
         _make_counter(another, _EFD_CLOEXEC)  # closed when the child ends, which is soon
-        # All eventfds are one inode, with epoll and its like, to which nothing can be written; sockets are not.
+        # All eventfds share one inode (with epolls, which cannot be written); a socket cannot be told from others.
         return descriptors[-1] if os.path.samestat(found, os.fstat(another[0])) else -1
     return -1
 
@@ -626,12 +627,11 @@ class _ItemSender:
         shared = writer.shared
         self.writer, self.bulk, self.counter, self.room = writer, shared.bulk[0], shared.counter[-1], shared.room[0]
         self.sent = self.taken = 0  # bytes
-        self.copied = False  # whether this is a process that the body forked
         self.streams = _streams()[:2]
 
     def send(self, item: Any) -> None:
-        if self.copied:
-            _libc_exit(0)  # it came back out of the body
+        if _getpid() != self.pid:
+            _libc_exit(0)  # a process that the body forked came back out of it
         _flush_python(self.streams)  # the reader may leave at this item, and the child is killed then
         buffers = self.writer.buffers = []
         try:
@@ -671,7 +671,7 @@ class _ItemSender:
     def send_all(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a generator function of either kind to its end in the child; return what it returns."""
         writer = self.writer
-        os.register_at_fork(after_in_child=functools.partial(setattr, self, "copied", True))  # getpid takes longer
+        self.pid = _getpid()
         try:
             items = function(*args, **kwargs)
             if isinstance(items, types.AsyncGeneratorType):
@@ -716,7 +716,7 @@ class _Reader(io.RawIOBase):
         count = max(min(len(buffer), self.more(self.position) - self.position), 0)
         _read_stream(self.shared, self.position, memoryview(buffer)[:count])
         self.position += count
-        # What is read ahead, one buffer, may have to be read again: see take_buffers.
+        # But not the last _READ_AHEAD bytes: the table may be among them, and take_buffers reads that again.
         self.shared.free(self.position - _REGION_SIZE - _READ_AHEAD)
         return count
 
@@ -785,10 +785,9 @@ def _seal(shared: _Shared) -> bool:
 
 def _map(shared: _Shared, offset: int, length: int) -> memoryview:
     """A piece of the bulk, mapped privately where the rest of it can be cut away and it can be sealed."""
-    bulk, end = shared.bulk[0], offset + -(-length // _PAGE) * _PAGE
-    size = os.fstat(bulk).st_size
+    bulk = shared.bulk[0]
     _punch(bulk, 0, offset)
-    _punch(bulk, end, size)
+    _punch(bulk, offset + length, os.fstat(bulk).st_size)
     if _libc_fallocate is None or not _seal(shared):
         return _read_stream(shared, _REGION_SIZE + offset, _new_memory(length))
     if os.fstat(bulk).st_size < offset + length:
@@ -797,8 +796,7 @@ def _map(shared: _Shared, offset: int, length: int) -> memoryview:
     # anonymous mapping, which has none, and libc maps the file in its place.
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    writable = mmap.PROT_READ | mmap.PROT_WRITE
-    if _libc_mmap(address, length, writable, mmap.MAP_PRIVATE | _MAP_FIXED, bulk, offset) != address:
+    if _libc_mmap(address, length, _READ_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, bulk, offset) != address:
         raise _os_error("the result could not be mapped")
     return memoryview(memory)
 
@@ -930,7 +928,7 @@ _FREE_THREADED = "t" in sys.abiflags
 _missing_parts: list[str] = []
 
 
-# Not ctypes.pythonapi, which others use too: types that are declared there are declared for everybody.
+# Our own, since types declared on ctypes.pythonapi hold for everybody; of its type, since tests put in a lesser one.
 _python = type(pythonapi)(None)
 
 
@@ -945,11 +943,10 @@ def _python_function(name: str, restype: Any, *argtypes: Any) -> Any:
 
 _PRIVATE_PARTS = "_imp.acquire_lock _frozen_importlib._module_locks _frozen_importlib._blocking_on"
 _PRIVATE_PARTS += " threading._after_fork logging._handlerList"
-for _private in _PRIVATE_PARTS.split():
-    _owner, _part = _private.split(".")
+for _owner, _part in [part.split(".") for part in _PRIVATE_PARTS.split()]:
     if not hasattr(sys.modules[_owner], _part):
-        _missing_parts.append(_private)
-# Takes addresses, since to convert objects costs page faults, and returns nothing: a 1 would end the steps of a child.
+        _missing_parts.append(f"{_owner}.{_part}")
+# Declared with no types: converting an object costs page faults, and a result of 1 would end the steps in _fork.
 _has_attribute = _python_function("PyObject_HasAttr", None)
 _repair_interpreter = _python_function("PyOS_AfterFork_Child", None)
 _handle_signals = _python_function("PyErr_CheckSignals", ctypes.c_int)
@@ -993,11 +990,11 @@ def _find_child_hooks() -> list[Any]:
         gc.unfreeze()
         found = holders()
         gc.freeze()
-    for hooks in found:
-        hooks.remove(mark)
-        return hooks
-    _missing_parts.append("the list of at-fork hooks")
-    return []
+    if not found:
+        _missing_parts.append("the list of at-fork hooks")
+        return []
+    found[0].remove(mark)
+    return found[0]
 
 
 def _find_what_threads_own() -> list[int]:
@@ -1051,7 +1048,7 @@ def _streams() -> tuple[Any, ...]:
 
 
 def _flush_python(streams: Iterable[Any]) -> bool:
-    """Flush streams of Python; one that is closed or broken breaks nothing, but is told."""
+    """Flush Python streams, all of them; return False if one is closed or broken."""
     flushed = True
     for stream in streams:
         try:
@@ -1085,7 +1082,7 @@ def _renew_streams() -> None:
             kind: Any = next((kind for kind in kinds if issubclass(type(buffer), kind)), None)
             if kind and issubclass(type(stream), io.TextIOWrapper):
                 raw = buffer.raw
-                kind.__init__(buffer, io.BytesIO())  # with an empty buffer and a new lock, for what waits in the stream
+                kind.__init__(buffer, io.BytesIO())  # a new lock, an empty buffer: what the stream holds is lost there
                 io.TextIOWrapper.flush(stream)
                 kind.__init__(buffer, raw)
     if _libc_fpurge is not None:
@@ -1101,7 +1098,7 @@ def _handlers() -> list[Any]:
 def _renew_logging() -> None:
     """Make the locks of logging and its handlers anew: another thread may have held one.
 
-    Nobody's lock is waited for before the fork. Python once took them all, and had to stop (bpo-36533).
+    The parent takes none of them before the fork: CPython once did, deadlocked, and stopped doing so (bpo-36533).
     """
     logging._lock = threading.RLock()  # type: ignore[attr-defined]
     for handler in _handlers():
@@ -1116,8 +1113,6 @@ def _renew_logging() -> None:
 def _renew(hooks: list[Any]) -> None:
     """Free the child from what the threads that it does not have were doing at the fork."""
     _child_hooks[:] = hooks  # for later forks
-    with contextlib.suppress(RuntimeError):  # from 3.13 on the interpreter's repair has released it
-        _imp.release_lock()
     for name, reference in list(_bootstrap._module_locks.items()):  # imported anew: it was half imported
         if getattr(reference(), "owner", None) not in (None, threading.get_ident()):
             sys.modules.pop(name, None)
@@ -1169,32 +1164,6 @@ def _refuse_hub(*_: Any) -> None:
     raise RuntimeError("this lock, queue or socket of gevent's belongs to the parent's hub; make one in the callable")
 
 
-# Large results are rebuilt with the garbage collector at rest, which would walk them again and again. The threshold
-# says that, not gc.disable: whether the collector is enabled is the user's, and the result may be what switches it.
-
-_rebuilding: set[int] = set()  # the calls that do
-_resting: dict[str, tuple[int, ...]] = {}  # the user's thresholds, while there are any such calls
-
-
-def _rest_collector(call: int) -> None:
-    _rebuilding.add(call)
-    # It is one step of C: another thread may be doing the same, or just be putting them back.
-    ask_and_keep = map(_resting.setdefault, ("thresholds",), _step(gc.get_threshold))
-    list(chain(ask_and_keep, _step(gc.set_threshold, 0)))
-
-
-def _wake_collector(call: int | None = None) -> None:
-    """End the rest for a call; without one, in a child that was forked while other threads were rebuilding."""
-    _rebuilding.clear() if call is None else _rebuilding.discard(call)
-    if _rebuilding or not _resting:
-        return
-    if gc.get_threshold()[0]:
-        _resting.clear()  # the result has set its own
-    else:
-        with _tolerating(KeyError):  # another thread has just done it
-            any(starmap(gc.set_threshold, map(_resting.pop, ("thresholds",))))
-
-
 # --------------------------------------------------------------------------------------------------------- The child
 # Each object that the child touches costs it a page fault, since the reference count in it is written to, and so does
 # each cache that the parent did not fill: hence the local names, and what the parent prepares for the child.
@@ -1213,12 +1182,12 @@ class _Child:
 
     failure: BaseException | None = None
 
-    def __init__(self, writer: _Writer, *plan: Any) -> None:
-        """``plan``: mask, signals to block, setup, teardown, function, args, kwargs."""
-        self.writer = writer
+    def __init__(self, writer: _Writer, mask: Any, blocked: Any, setup: Any, teardown: Any, *call: Any) -> None:
+        """``call``: function, args, kwargs."""
+        self.writer, shared = writer, writer.shared
         dump = pickle.Pickler(writer, 5, buffer_callback=writer.keep_out_of_band).dump
-        unraisablehook = sys.unraisablehook if _REPORTS_PROPERTIES else None
-        self.plan: Any = (writer.shared.header, writer.shared.parent, *plan, writer, dump, unraisablehook)
+        hook = sys.unraisablehook if _REPORTS_PROPERTIES else None
+        self.plan: Any = (shared.header, shared.parent, mask, blocked, setup, teardown, *call, writer, dump, hook)
 
     @property
     def run(self) -> None:
@@ -1226,7 +1195,7 @@ class _Child:
         try:
             pid = _getpid()
             if _libc_prctl is not None:
-                _libc_prctl(_PR_SET_PDEATHSIG, 9)
+                _libc_prctl(_PR_SET_PDEATHSIG, 9)  # SIGKILL
                 if _getppid() not in (parent, 0):  # it died before that; 0 stands for one in another namespace
                     _libc_exit(1)
             _set_wakeup_fd(-1)  # the parent's event loop listens there
@@ -1303,7 +1272,7 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
         what = f"an item, of type {failure.args[0]}, cannot be pickled (yield plain data instead)"
         return _deliver_failure(writer, what, failure.__cause__ or failure)
     try:
-        failure.with_traceback(_below_the_call(failure.__traceback__))
+        BaseException.with_traceback(failure, _below_the_call(failure.__traceback__))
         text = "".join(traceback.format_exception(type(failure), failure, failure.__traceback__))
     except Exception:  # of a chain that is too long, of a SyntaxError that was made of anything
         text = _say(failure)
@@ -1318,15 +1287,14 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
 def _below_the_call(frames: types.TracebackType | None) -> types.TracebackType | None:
     """Leave out the frames of this file that called the callable."""
     run: Any = vars(_Child)["run"]
-    sender = _ItemSender
-    callers = run.fget.__code__, sender.send_all.__code__, sender.send_async.__code__, _run_coroutine.__code__
+    callers = run.fget.__code__, _ItemSender.send_all.__code__, _ItemSender.send_async.__code__, _run_coroutine.__code__
     kept: Any = []
     while frames is not None:
         if frames.tb_frame.f_code not in callers:
             kept.append(frames)
         frames = frames.tb_next
     for entry, following in zip(kept, kept[1:]):
-        if entry.tb_next is not following:  # to set it takes the longer the more there are
+        if entry.tb_next is not following:  # setting it walks all that follow, to find loops
             entry.tb_next = following
     return kept[0] if kept else None
 
@@ -1343,22 +1311,22 @@ def _dump_text(write: Callable[[bytes], None], text: str) -> None:
     write(pickle.STOP)
 
 
-def _deliver_exception(writer: _Writer, kind: int, text: str, exception: tuple[Any, Any], *others: Any) -> None:
-    """Deliver a text, and behind it the first of some exceptions, each with its state, that can be pickled.
+def _deliver_exception(writer: _Writer, kind: int, text: str, *exceptions: tuple[Any, Any]) -> None:
+    """Deliver a text, then the first of these exceptions, each with its state, that can be pickled.
 
     So the text arrives whatever becomes of the exception.
     """
-    # Behind a stream whose pickling failed: the parent may be reading it, so it stays as it is.
-    writer.start, writer.buffers, writer.publishes = writer.position, [], False
-    pickler = _ExceptionPickler(writer, 5, buffer_callback=writer.keep_out_of_band)
-    try:
-        pickler.dump(text)
-        pickler.dump(exception)
-        return writer.deliver(kind)
-    except BaseException:
-        if not others:
-            raise
-    _deliver_exception(writer, kind, text, *others)
+    for exception in exceptions:
+        # After a stream whose pickling failed: the parent may be reading that, so it stays as it is.
+        writer.start, writer.buffers, writer.publishes = writer.position, [], False
+        pickler = _ExceptionPickler(writer, 5, buffer_callback=writer.keep_out_of_band)
+        try:
+            pickler.dump(text)
+            pickler.dump(exception)
+            return writer.deliver(kind)
+        except BaseException:
+            if exception is exceptions[-1]:
+                raise
 
 
 def _deliver_failure(writer: _Writer, what: str, error: Any, text: str = "", kind: int = _UNPICKLABLE) -> None:
@@ -1381,8 +1349,8 @@ def _deliver_failure(writer: _Writer, what: str, error: Any, text: str = "", kin
 
 # ---------------------------------------------------------------------------------------- A crash or a hang tells where
 # The standard library's faulthandler writes the child's stack into the bulk, at the descriptor's position. It is
-# enabled in the parent just around the fork, since the child inherits it for nothing, and to enable it would cost it
-# dozens of page faults; but only where no signal of its is handled by anybody: a JVM lives by handlers of its own.
+# enabled in the parent, just around the fork: a child that inherits it saves dozens of page faults. Where somebody
+# handles one of its signals already (a JVM lives by that), it is enabled in the child instead, and not for those.
 
 _SignalAction = ctypes.c_char * 256  # struct sigaction has 152 bytes in glibc and musl; the handler comes first
 _FAULT_NUMBERS = tuple(map(int, _FAULTS))
@@ -1413,7 +1381,7 @@ def _let_report(process: _Process, bulk: int, mask: Any, with_timeout: bool) -> 
         process.kept = gc.get_referents(faulthandler)  # up to 3.13, a file that the child must not finalise
         for number, action, handler in zip(_FAULT_NUMBERS, _fault_actions, _fault_handlers):
             if handler:
-                process.in_child.append(_step(_libc_sigaction, number, _SignalAction(*action), None))
+                process.in_child.append(_step(_libc_sigaction, number, _SignalAction.from_buffer_copy(action), None))
     else:
         process.before.append(enable)
         process.after.append(_step(faulthandler.disable))
@@ -1432,7 +1400,7 @@ def _let_report_timeouts(process: _Process, bulk: int, mask: Any) -> None:
     for number in range(getattr(signal, "SIGRTMIN", 1), last + 1) or [int(signal.SIGVTALRM)]:
         if not _handler_of(number) and not _libc_no_errno.sigismember(mask, number):
             process.timeout_signal = number
-            process.blocked = _Words.from_buffer_copy(_ALL_BUT_FAULTS)
+            process.blocked = _SignalSet.from_buffer_copy(_ALL_BUT_FAULTS)
             _libc_no_errno.sigdelset(process.blocked, number)
             process.before.append(_step(faulthandler.register, number, bulk, True, True))
             process.after.append(_step(faulthandler.unregister, number))
@@ -1465,7 +1433,7 @@ def _let_faulthandler_take_its_stack() -> int:
 def _alternative_stack() -> Any:
     """A stack_t for handlers, made once: address, flags, size."""
     size, flags = 1 << 17, 0
-    memory = _libc_mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    memory = _libc_mmap(None, size, _READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if memory == _MAP_FAILED:
         memory, flags, size = 0, _SS_DISABLE, 0  # an overflow will have no report
     return ctypes.create_string_buffer(struct.pack("@PiN", memory, flags, size))
@@ -1527,8 +1495,8 @@ def _in_few_words(frames: list[traceback.FrameSummary]) -> str:
 
 # ----------------------------------------------------------------------------------- The process, as its parent sees it
 
-# The names are interned, so their addresses stay. Before 3.11 a handler may raise at the first instruction of an
-# except, where nothing catches it: hence run_guarded.
+# Interned strings, so these are the keys of _Child's dict, which keeps them where they are. Before 3.11 a handler may
+# raise at the first instruction of an except, where nothing catches it: hence run_guarded.
 _RUN = ctypes.c_void_p(id("run" if sys.version_info >= (3, 11) else "run_guarded"))
 _DELIVER = ctypes.c_void_p(id("deliver"))
 _freeze, _chained = gc.freeze, chain.from_iterable
@@ -1550,7 +1518,7 @@ class _Process:
         self.opened: list[int] = []  # a file of the child's in /proc
         self.waited: list[Any] = []  # what the steps of signal_and_wait returned, wait4's pid among it
         self.watch: list[int] = []  # a descriptor that becomes readable when the child ends
-        self.ending = _Words()
+        self.ending = _Ending()
         # Steps of C around the fork, besides those of every call. Each returns something false, or nothing: the first
         # that is true is taken for the child's pid.
         self.before: list[Iterator[Any]] = []
@@ -1561,13 +1529,13 @@ class _Process:
     def pid(self) -> int:
         return self.pids[0] if self.pids else -1
 
-    def reap(self, options: int = os.WNOHANG) -> bool:
-        """Look whether the child is gone, or, without WNOHANG among the options, wait until it is."""
-        if self.pids[0] in self.waited and not os.WIFSTOPPED(self.ending[_STATUS]):
+    def reap(self, wait: bool = False) -> bool:
+        """Look whether the child is gone, or wait until it is."""
+        if self.pid in self.waited and not os.WIFSTOPPED(self.ending[_STATUS]):
             self.gone = True
-        wait4 = _libc_wait4_holding_gil if options else _libc_wait4
+        wait4, options = (_libc_wait4, 0) if wait else (_libc_wait4_holding_gil, os.WNOHANG)
         while not self.gone:
-            pid = wait4(self.pids[0], ctypes.byref(self.ending), options, ctypes.byref(self.ending, _USAGE_AT))
+            pid = wait4(self.pid, ctypes.byref(self.ending), options, ctypes.byref(self.ending, _USAGE_AT))
             if pid > 0 and os.WIFSTOPPED(self.ending[_STATUS]):  # it asked to be traced, and would wait for ever
                 self.killed = True
                 self.send(signal.SIGKILL)
@@ -1575,7 +1543,7 @@ class _Process:
                 self.gone = True
             elif pid == 0:
                 return False
-            elif options == 0:
+            elif wait:
                 self.reap()  # EINTR, or a code that a signal handler has replaced by one of its own: a look tells
             elif ctypes.get_errno() != errno.EINTR:
                 self.wait_error = _os_error()  # ECHILD: somebody else reaped it, or SIGCHLD is ignored
@@ -1583,7 +1551,7 @@ class _Process:
         return True
 
     def send(self, number: int, wait: bool = False) -> None:
-        """Send a signal, and wait for the child's end; raise where that is forbidden."""
+        """Send a signal, if the child is still there, and perhaps wait for its end; raise where that is forbidden."""
         deliver = self.signal_and_wait if wait else any
         # By pidfd, where there is one: it cannot hit a process that got the pid after somebody reaped ours.
         try:
@@ -1602,7 +1570,7 @@ class _Process:
 
         A killed child takes a moment to go. Handlers that raise all the time would cut each wait for it short.
         """
-        mask = _Words()
+        mask = _SignalSet()
         _libc_sigmask(_SIG_BLOCK, None, mask)
         block = _step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask)
         wait = _step(_libc_wait4, self.pid, ctypes.byref(self.ending), 0, ctypes.byref(self.ending, _USAGE_AT))
@@ -1613,7 +1581,7 @@ class _Process:
             any(unblock)  # where it could not be sent
 
     def kill(self) -> None:
-        """Kill and reap; a child that may not be killed is given up."""
+        """Kill and reap; give up a child that this process is not permitted to kill."""
         if self.reap():
             return
         self.killed = True
@@ -1624,7 +1592,7 @@ class _Process:
             self.wait_error, self.gone = error, True
             if not isinstance(error, PermissionError):  # it has become another user's
                 raise
-        self.reap(0)
+        self.reap(wait=True)
 
     def costs(self) -> dict[str, Any]:
         """What the child used, as the attributes of an error."""
@@ -1646,27 +1614,26 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> bool:
     that it does not have. Freezing comes first, since any allocation may set off a collection: the parent's garbage
     is never finalised a second time, and the pages of its heap stay shared.
     """
-    step = _step
     # A signal that has come, but whose handler has not run, would be handled in the child too. Most are handled before
     # signals are blocked, since a process that a handler starts inherits the mask.
-    before = [step(_handle_signals), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask), step(_handle_signals)]
+    before = [_step(_handle_signals), _step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, mask), _step(_handle_signals)]
     in_parent = [True]
-    in_child = [step(in_parent.clear), step(_freeze)]
+    in_child = [_step(in_parent.clear), _step(_freeze)]
     if _REPORTS_PROPERTIES:
-        in_child.append(step(setattr, sys, "unraisablehook", _say_nothing))
-    after = [*process.after, step(_libc_sigmask, _SIG_SETMASK, mask, None)]
+        in_child.append(_step(setattr, sys, "unraisablehook", _say_nothing))
+    after = [*process.after, _step(_libc_sigmask, _SIG_SETMASK, mask, None)]
     if threads:
-        before.append(step(_imp.acquire_lock))  # the repair makes it anew
-        in_child += [_keep_what_threads_own(), step(_child_hooks.clear), step(_repair_interpreter)]
-        after.insert(0, step(_imp.release_lock))
-    address, end = ctypes.c_void_p(id(child)), step(_libc_exit, 1)
-    life = [step(_has_attribute, address, _RUN), step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None)]
+        before.append(_step(_imp.acquire_lock))  # the repair makes it anew
+        in_child += [_keep_what_threads_own(), _step(_child_hooks.clear), _step(_repair_interpreter)]
+        after.insert(0, _step(_imp.release_lock))
+    address, end = ctypes.c_void_p(id(child)), _step(_libc_exit, 1)
+    life = [_step(_has_attribute, address, _RUN), _step(_libc_sigmask, _SIG_BLOCK, _ALL_BUT_FAULTS, None)]
     life.append(starmap(_has_attribute, repeat((address, _DELIVER), 3)))
     if threads or _missing_parts:
         look_again: Iterator[Any] = iter(())
     else:  # the last handlers may have started a thread; then there is this instead of a pid
         look_again = map(operator.mul, map(bool, _walk_to_another_thread()), repeat(_NOT_ALONE))
-    before += [*process.before, look_again, step(_libc_fork)]
+    before += [*process.before, look_again, _step(_libc_fork)]
     steps = [*before, *in_child, *process.in_child, *life, end]
     process.steps = steps, after, child
     try:
@@ -1678,9 +1645,9 @@ def _fork(process: _Process, child: _Child, mask: Any, threads: bool) -> bool:
             for undo in after:
                 with contextlib.suppress(RuntimeError):  # the import lock is not held yet
                     any(undo)
-    if process.pids[0] == _NOT_ALONE:
+    if process.pid == _NOT_ALONE:
         return False
-    if process.pids[0] < 0:
+    if process.pid < 0:
         cause = _os_error()
         raise ForkError(f"fork failed: {cause}; free processes or memory, or raise their limits") from cause
     return True
@@ -1690,7 +1657,7 @@ def _watch_end(process: _Process) -> None:
     """Get a descriptor that becomes readable when the child ends, where the system has such a thing."""
     try:
         if _pidfd_open:
-            _keep(process.watch, _pidfd_open, process.pids[0], 0)
+            _keep(process.watch, _pidfd_open, process.pid, 0)
             if process.watch[0] < 0:
                 process.watch.clear()
         elif not _LINUX and hasattr(select, "kqueue"):  # macOS and the BSDs
@@ -1703,14 +1670,14 @@ def _watch_end(process: _Process) -> None:
         _raise_if_from_handler(error)
 
 
-def _raise_oom_score(process: _Process) -> None:
-    """Let the kernel, where memory runs out, end the child and not this process: 300 is Chromium's figure."""
+def _offer_to_oom_killer(process: _Process) -> None:
+    """Have the kernel, if memory runs out, end the child and not this process: 300 is Chromium's figure."""
     if not _LINUX or _handler_of(signal.SIGCHLD) == 1:  # ignored: the pid may be another's by now
         return
     opened = process.opened
     _keep(opened, _libc_no_errno.open, b"/proc/%d/oom_score_adj" % process.pid, os.O_RDWR | os.O_CLOEXEC)
     score = ctypes.create_string_buffer(16)
-    # A child that is there after that was there at that: so the file is its own, whoever else reaps children.
+    # If the child is still there now, it was when the file was opened: the file is its own, whoever else reaps.
     if opened[0] >= 0 and not process.reap() and _libc_no_errno.read(opened[0], score, 15) > 0:
         score.value = b"%d" % min(int(score.value) + 300, 1000)
         _libc_no_errno.write(opened[0], score, len(score.value))
@@ -1774,23 +1741,23 @@ class _Call:
     def look(self) -> float | None:
         """Look at the child: return the seconds until the next look, or None when it is gone; at the deadline, kill it.
 
-        Where the end of the child wakes us, it is a second: a signal that comes just before the sleep does not end
-        it, and its handler, which may raise, is to run soon all the same. The first is shorter: only a child that
-        lives longer is worth what it costs to offer it to the kernel.
+        Where the end of the child ends the sleep, it is a second: a signal that arrives just before it does not end it,
+        and its handler, which may raise, must not wait longer. The first sleep is 10 ms: only a child that outlives
+        it is worth the cost of _offer_to_oom_killer.
         """
         process = self.process
         if process.reap():
             return None
         looks, self.times_looked = self.times_looked, self.times_looked + 1
         if looks == 1:
-            _raise_oom_score(process)
+            _offer_to_oom_killer(process)
         left = self.deadline - _clock()
         if left > 0:
             if process.watch:
                 longest = 1.0 if looks else 0.01
             else:
                 longest = 0.001 * 1.5 ** min(looks, 7)  # at most 17 ms
-            return longest if longest < left else left
+            return min(longest, left)
         asked, process.expired = process.expired, True
         if asked or not process.timeout_signal:
             process.kill()
@@ -1845,7 +1812,7 @@ class _Call:
 
 def _launch(call: _Call, writer: _Writer, flushed: bool, function: Any, args: Any, kwargs: Any) -> bool:
     """Fork; return False if another thread has come up meanwhile, which a signal handler may have started."""
-    process, shared, mask = call.process, call.shared, _Words()
+    process, shared, mask = call.process, call.shared, _SignalSet()
     _libc_sigmask(_SIG_BLOCK, None, mask)
     _let_report(process, shared.bulk[0], mask, call.timeout is not None)
     threads = _other_threads()
@@ -1855,7 +1822,7 @@ def _launch(call: _Call, writer: _Writer, flushed: bool, function: Any, args: An
     if not _fork(process, child, mask, threads):
         return False
     if _MADV_DONTFORK and (threads or function is not call.function):
-        # A later child, forked while this one runs, does not get this region to scribble on.
+        # While this child runs, another thread, or this one if it need not wait, may fork: not with this region.
         _libc_madvise_holding_gil(shared.mapping[0], _SHARED_SIZE, _MADV_DONTFORK)
     return True
 
@@ -1924,7 +1891,7 @@ def _limit_memory(most: int, limits: tuple[int, int]) -> None:
     soft, hard = limits
     limit = min(limit for limit in (most, soft, hard, sys.maxsize) if limit != resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    if resource.getrlimit(resource.RLIMIT_DATA)[0] != limit:  # qemu-user, some sandboxes
+    if resource.getrlimit(resource.RLIMIT_DATA)[0] != limit:  # some sandboxes: the caller gets ChildSetupError
         raise NotImplementedError("this system does not enforce RLIMIT_DATA, which memory_limit needs")
 
 
@@ -1937,7 +1904,7 @@ def _lift_memory_limit(limits: tuple[int, int]) -> None:
 
 
 def _sleep(call: _Call, seconds: float) -> None:
-    """Sleep until the child ends or publishes something, but no longer than this."""
+    """Sleep until the child ends or publishes something, or so long; where only its end matters, until that."""
     process, counter = call.process, call.shared.counter
     if call.hurried:  # many small items: to be woken for each would take longer than to rebuild it
         time.sleep(_NAP)
@@ -1946,9 +1913,9 @@ def _sleep(call: _Call, seconds: float) -> None:
     descriptors = [*process.watch, *counter[:1]]
     if not hasattr(select, "poll"):  # eventlet takes it away, and lets others run in select
         select.select(descriptors, [], [], seconds)
-    elif not process.watch and call.timeout is None and not call.sends and "gevent" not in sys.modules:
-        _raise_oom_score(process)
-        process.reap(0)
+    elif not (process.watch or call.timeout or call.sends or "gevent" in sys.modules):  # no pidfd: wait in wait4
+        _offer_to_oom_killer(process)
+        process.reap(wait=True)
     else:
         poller = select.poll()
         for descriptor in descriptors:
@@ -1975,6 +1942,32 @@ async def _sleep_async(call: _Call, seconds: float) -> None:
             loop.remove_reader(descriptor)
     if call.sends:
         call.shared.read_counter()
+
+
+# The garbage collector would walk a large result again and again while it is rebuilt, so it rests meanwhile. That is
+# done by its threshold, not by gc.disable: enabling it is the user's, whose result may do so while it is rebuilt.
+
+_rebuilding: set[int] = set()  # the calls that do
+_resting: dict[str, tuple[int, ...]] = {}  # the user's thresholds, while there are any such calls
+
+
+def _rest_collector(call: int) -> None:
+    _rebuilding.add(call)
+    # It is one step of C: another thread may be doing the same, or just be putting them back.
+    ask_and_keep = map(_resting.setdefault, ("thresholds",), _step(gc.get_threshold))
+    list(chain(ask_and_keep, _step(gc.set_threshold, 0)))
+
+
+def _wake_collector(call: int | None = None) -> None:
+    """End the rest for a call; without one, in a child that was forked while other threads were rebuilding."""
+    _rebuilding.clear() if call is None else _rebuilding.discard(call)
+    if _rebuilding or not _resting:
+        return
+    if gc.get_threshold()[0]:
+        _resting.clear()  # the result has set its own
+    else:
+        with _tolerating(KeyError):  # another thread has just done it
+            any(starmap(gc.set_threshold, map(_resting.pop, ("thresholds",))))
 
 
 def _read_along(call: _Call) -> None:
@@ -2096,6 +2089,8 @@ class _ItemReceiver:
 def _outcome(call: _Call) -> Any:
     """Return or raise what the child delivered, or say what became of it."""
     __tracebackhide__ = True
+    if not call.process.gone:  # the drivers' loops over call.look end with StopIteration, whoever raises it
+        raise RuntimeError("a signal handler raised StopIteration")
     progress, kind, count, start, length = call.shared.header.tolist()
     if progress != _DELIVERED:
         raise _failure(call, progress)
@@ -2112,7 +2107,7 @@ def _outcome(call: _Call) -> Any:
         _rest_collector(id(call))
         reader = _Reader(call.shared, start, lambda _: start + length)
         buffers = list(reader.take_buffers())
-        if reader.loaded is None and not _seal(call.shared):
+        if reader.loaded is None and not _seal(call.shared):  # what the child left could change it while it is read
             reader.load(start + length)
         return reader.unpickler(buffers).load()
     except Exception as error:
@@ -2158,9 +2153,7 @@ def _raise_delivered(call: _Call, kind: int, start: int, end: int) -> NoReturn:
 def _failure(call: _Call, progress: int) -> MemIsolateError:
     """The error for a child that is gone and delivered nothing."""
     name, process = _name(call.function), call.process
-    kind, ending, details = _ending(process)
-    if call.sends and "most likely" in ending:
-        ending += ", or because the thread that asked for the first item has ended"
+    kind, ending, details = _ending(process, call.sends)
     fault = _FAULTS.get(details.get("signal"))  # type: ignore[arg-type]
     where = report = ""
     if (process.expired and process.timeout_signal) or fault:  # else a process that the callable forked wrote it
@@ -2184,7 +2177,7 @@ def _failure(call: _Call, progress: int) -> MemIsolateError:
     return error
 
 
-def _ending(process: _Process) -> tuple[type[MemIsolateError], str, dict[str, Any]]:
+def _ending(process: _Process, sends: bool) -> tuple[type[MemIsolateError], str, dict[str, Any]]:
     """How a child ended: the error for it if the callable was running, what to say of it, and the error's details."""
     status = process.ending[_STATUS]
     if process.wait_error is not None:
@@ -2200,6 +2193,7 @@ def _ending(process: _Process) -> tuple[type[MemIsolateError], str, dict[str, An
         peak = process.costs()["peak_memory"]
         ending += ", most likely by the kernel because memory ran out, the machine's or a container's"
         ending += f" (its peak was {peak / 2**20:.0f} MiB)" if peak else ""
+        ending += ", or because the thread that asked for the first item has ended" if sends else ""
     return KilledBySignalError, ending, {"signal": number}
 
 
@@ -2245,9 +2239,8 @@ async def _iterate_async(call: _Call, args: tuple[Any, ...], kwargs: dict[str, A
     with call, call, call, call, call:
         receiver = _ItemReceiver(call)
         items = receiver.items()
-        forgotten = weakref.finalize(
-            receiver, call.__exit__, GeneratorExit
-        )  # for nobody closes it where its loop is closed
+        # Nobody closes this iterator where its loop has been closed.
+        forgotten = weakref.finalize(receiver, call.__exit__, GeneratorExit)
         try:
             call.start(args, kwargs)
             for seconds in chain(iter(call.look, None), (0,)):  # once more when the child is gone
@@ -2277,12 +2270,11 @@ def _run_coroutine(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -
 
 def _log(call: _Call, error: Any) -> None:
     outcome = "returned" if error is None else f"raised {error.__name__}"
-    costs = call.process.costs()
-    child = {"child_pid": costs.pop("pid"), **costs}
+    pid, peak, cpu_time = call.process.costs().values()
     seconds = _clock() - call.started
     message = "%s in child %s %s after %.6f s, %d bytes returned, peak memory %s bytes, processor time %s s"
-    values = _name(call.function), child["child_pid"], outcome, seconds, call.shared.received, *costs.values()
-    _logger.debug(message, *values, extra=child)
+    values = _name(call.function), pid, outcome, seconds, call.shared.received, peak, cpu_time
+    _logger.debug(message, *values, extra={"child_pid": pid, "peak_memory": peak, "cpu_time": cpu_time})
 
 
 # --------------------------------------------------------------------------------------------------- The public face
@@ -2313,10 +2305,10 @@ async def execute_in_isolated_process_async(
 @overload
 async def execute_in_isolated_process_async(callable: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
 async def execute_in_isolated_process_async(callable: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Do the same while the asyncio event loop goes on; ``callable`` may be an ``async def`` function too.
+    """Like `execute_in_isolated_process`, while the event loop goes on; ``callable`` may be ``async def`` too.
 
-    That runs in an event loop of its own in the child. Cancelling kills and reaps the child before it returns. A
-    result is rebuilt in the loop's thread. Of a generator function of either kind it returns an asynchronous iterator.
+    Such a function runs in an event loop of its own in the child. Cancelling kills and reaps the child first. A result
+    is rebuilt in the loop's thread. Awaited with a generator function of either kind, it returns an async iterator.
     """
     __tracebackhide__ = True
     if _kind_of(callable):
@@ -2362,8 +2354,8 @@ def isolated(function: Any = None, /, *, timeout: float | None = None, memory_li
     Of a generator function one child runs the whole body, from when the first item is asked for. Items come as they
     are yielded, then what the body returns or raises; ``timeout`` is for each item, and ``memory_limit`` counts the
     pickling of items. The child may be some 64 MiB ahead, and ends with the iterator, or with the thread that asked
-    for the first item: it is killed, no ``finally`` of the body runs, and what C's stdio holds of its is lost; what it
-    printed by Python is not. ``send`` and ``throw`` do not reach the body.
+    for the first item: it is killed, no ``finally`` of the body runs, and what its C stdio holds is lost, with what it
+    printed after the last item that it sent. ``send`` and ``throw`` do not reach the body.
     """
     _check_limits(timeout, memory_limit)
     timeout = None if timeout is None else float(timeout)
@@ -2478,8 +2470,8 @@ def _private_anonymous_mappings() -> list[tuple[int, int]]:
 
 def _resident(pagemap: int, start: int, end: int) -> int:
     """Count the bytes in pages that are present (bit 63), anonymous (not 61) and in no other process (56)."""
-    entries = os.pread(pagemap, (end - start) // mmap.PAGESIZE * 8, start // mmap.PAGESIZE * 8)
-    return entries[7 if sys.byteorder == "little" else 0 :: 8].count(0x81) * mmap.PAGESIZE
+    entries = os.pread(pagemap, (end - start) // _PAGE * 8, start // _PAGE * 8)
+    return entries[7 if sys.byteorder == "little" else 0 :: 8].count(0x81) * _PAGE
 
 
 def _collapse(block: int) -> bool:
@@ -2488,7 +2480,7 @@ def _collapse(block: int) -> bool:
     if ctypes.get_errno() not in (errno.EINVAL, errno.EAGAIN):
         return False
     # Older kernels (6.12 is one) want a page writable, and a fork leaves none. This makes one so, unchanged.
-    _libc_madvise(block, mmap.PAGESIZE, _MADV_POPULATE_WRITE)
+    _libc_madvise(block, _PAGE, _MADV_POPULATE_WRITE)
     return bool(_libc_madvise(block, _HUGE_PAGE, _MADV_COLLAPSE) == 0)
 
 

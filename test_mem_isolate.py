@@ -4,6 +4,7 @@
 ``pytest -m "stress or not stress"`` all of them.
 """
 
+import _imp
 import ast
 import asyncio
 import builtins
@@ -515,6 +516,11 @@ def test_it_does_without_what_only_linux_has(tmp_path):
     module._libc_eventfd = None
     pieces = [bytes([number % 256]) * 70_000 for number in range(400)]  # more than a socket takes messages
     assert anew(lambda: pieces) == asyncio.run(module.execute_in_isolated_process_async(lambda: pieces)) == pieces
+    before, items = open_descriptors(), module.isolated(countdown)(9)
+    assert next(items) == 9
+    os.close(max(open_descriptors()))  # one that cannot be closed again does not keep the others open
+    items.close()
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("value", [None, 5, "len", [int]], ids=str)
@@ -876,6 +882,9 @@ class StrRaises(Exception):
         raise ZeroDivisionError("str of an exception")
 
     __repr__ = __str__
+
+    def with_traceback(self, frames):
+        raise ValueError("no traceback for you")
 
 
 @cases(
@@ -1522,7 +1531,12 @@ def test_a_bad_stream_breaks_nothing(broken_in, monkeypatch):
     closed.close()
     detached.detach()
     os.close(read)
-    failing = changed(io.StringIO(), flush=functools.partial(raise_it, ValueError("broken")))
+
+    def look_and_fail():
+        caller = sys._getframe(1)
+        raise ValueError(f"broken for {caller.f_code.co_name}")
+
+    failing = changed(io.StringIO(), flush=look_and_fail)
     unwritable = [open(place, "w") for place in [write, "/dev/full"] if place == write or os.path.exists(place)]
 
     def print_and_end(stream, end, *arguments):
@@ -1910,12 +1924,14 @@ def test_callable_finds_what_the_calling_thread_has():
     def look():
         handlers = [id(signal.getsignal(number)) for number in sorted(signal.valid_signals())]
         threads = threading.get_ident(), local.value, signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        return threads, handlers, gc.isenabled(), id(sys.unraisablehook), random.getstate()
+        return threads, handlers, gc.isenabled(), id(sys.unraisablehook), random.getstate(), _imp.lock_held()
 
     def look_on_both_sides():
         local.value = f"of thread {threading.get_ident()}"
-        before = look()
-        assert call(look) == before == look()
+        for lock in (_imp.acquire_lock, _imp.release_lock):  # the import lock
+            lock()
+            before = look()
+            assert call(look) == before == look()
         assert call(os.getppid) == os.getpid() != call(os.getpid)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -2423,6 +2439,22 @@ def test_memory_that_fails_around_the_fork_never_lets_the_child_out_into_the_cal
                 os._exit(0)
             reap_all()
     assert not let_out[0]
+
+
+@fresh
+def test_handler_that_raises_stop_iteration_ends_the_call_and_not_the_wait_for_the_child():
+    """Nobody is told that a child has ended which still runs."""
+
+    def alarm(frame, event, _):
+        if event == "call" and frame.f_code.co_name == "look":
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGALRM)
+
+    signal.signal(signal.SIGALRM, lambda *_: next(iter(())))
+    for form in (call, call_in_a_loop, lambda *what: list(isolated(lambda: (yield call(*what)))())):
+        sys.setprofile(alarm)
+        assert "StopIteration" in str(raised(RuntimeError, form, time.sleep, 60))
+        assert_no_child_is_left()
 
 
 @fresh
@@ -3889,14 +3921,15 @@ def test_generator_may_keep_processes_of_its_own():
                 process.stdin.flush()
                 yield process.stdout.readline()
 
-    def fork_and_yield_last():
-        pid = os.fork()
+    def fork_and_yield_last(fork):
+        pid = fork()
         if pid == 0:
             yield "from the grandchild"
         yield os.WEXITSTATUS(os.waitpid(pid, 0)[1])
 
     assert list(isolated(lines)()) == [b"%d\n" % number for number in range(5)]
-    assert list(isolated(fork_and_yield_last)()) == [0]
+    for fork in (os.fork, ctypes.PyDLL(None).fork):
+        assert list(isolated(fork_and_yield_last)(fork)) == [0]
 
 
 def test_iterator_of_the_parent_is_refused_in_a_child_and_not_harmed():
