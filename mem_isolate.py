@@ -11,7 +11,7 @@ copy it into your project. ``python3 mem_isolate.py`` shows on your own machine 
 
 The file reads from top to bottom: errors, libc, shared memory, exceptions on their way, what a child renews, the
 child, its stack after a crash, the process as its parent sees it, the call, waiting, the outcome, the public face; then
-huge pages and the tour.
+huge pages and the tour. To see a call whole before its parts, begin with ``_run``, ``_fork`` and ``_Child.run``.
 """
 
 # SPDX-License-Identifier: MIT
@@ -1277,7 +1277,7 @@ def _deliver_outcome(writer: _Writer, dump: Any, value: Any, failure: BaseExcept
     except Exception:  # of a chain that is too long, of a SyntaxError that was made of anything
         text = _say(failure)
         with contextlib.suppress(Exception):
-            text = "".join(traceback.format_tb(failure.__traceback__)) + text
+            text = "".join(["Traceback (most recent call last):\n", *traceback.format_tb(failure.__traceback__), text])
     try:  # without its state where that holds what the class itself knows not to pickle
         _deliver_exception(writer, _RAISED, text, (failure, _exception_state(failure)), (failure, {}))
     except BaseException as error:

@@ -1186,7 +1186,7 @@ EXCEPTIONS = [
     *(changed(OSError(errno.EIO, "later"), filename="/later"), BlockingIOError(errno.EAGAIN, "again", 5)),
     changed(UnicodeDecodeError("utf-8", b"\xff\xfe", 0, 1, "invalid"), end=2, reason="other"),
     UnicodeTranslateError("text", 1, 2, "why"),
-    SyntaxError("bad", ("file.py", 3, 4, "so(urce")),
+    *(SyntaxError("bad", ("file.py", 3, 4, "so(urce")), SyntaxError("made of anything", ("file.py", 3, [], "text"))),
     *(ModuleNotFoundError("no x", name="x", path="/x.py"), raised(AttributeError, lambda: os.nope)),
     raised(NameError, eval, "not_a_name"),
     *(subprocess.CalledProcessError(3, ["cmd"], b"out", b"err"), noted(json.JSONDecodeError("bad", "document", 3))),
@@ -2270,6 +2270,15 @@ def test_without_a_private_part_of_cpython_only_calls_beside_threads_are_refused
     with background_threads(burn_the_gil):
         assert re.search(named, str(raised(module.ForkError, module.execute_in_isolated_process, square, 3)))
     assert module.execute_in_isolated_process(square, 3) == 9
+
+
+@fresh
+def test_parts_of_cpython_are_found_among_frozen_objects_which_stay_frozen():
+    gc.freeze()
+    module = imported_anew()
+    with background_threads(burn_the_gil):
+        assert module.execute_in_isolated_process(square, 3) == 9
+    assert gc.get_freeze_count() > 1000
 
 
 # ----------------------------------------------------------------------------------------------------------- Signals
