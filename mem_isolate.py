@@ -1786,7 +1786,7 @@ class _Call:
         try:
             if failed is not None:
                 raise failed
-            if ended and _logger.isEnabledFor(logging.DEBUG):
+            if ended and _logger.getEffectiveLevel() <= logging.DEBUG:  # isEnabledFor expects a KeyError, of whomever
                 _log(self, raised[0])
         finally:
             del failed  # which refers to this frame
