@@ -1672,7 +1672,7 @@ def importing(folder):
     return import_in_the_child, [import_again]
 
 
-@repetitions(30, 300)
+@repetitions(20, 150)
 @pytest.mark.parametrize("callers", [1, 4])
 @pytest.mark.parametrize("what", ["burn", "start threads", "import"])
 @fresh
