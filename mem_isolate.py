@@ -630,7 +630,7 @@ class _ItemSender:
         self.streams = _streams()[:2]
 
     def send(self, item: Any) -> None:
-        if _getpid() != self.pid:
+        if _getpid() != self.pid:  # no fork hook tells: C code may fork too
             _libc_exit(0)  # a process that the body forked came back out of it
         _flush_python(self.streams)  # the reader may leave at this item, and the child is killed then
         buffers = self.writer.buffers = []
@@ -787,7 +787,7 @@ def _map(shared: _Shared, offset: int, length: int) -> memoryview:
     """A piece of the bulk, mapped privately where the rest of it can be cut away and it can be sealed."""
     bulk = shared.bulk[0]
     _punch(bulk, 0, offset)
-    _punch(bulk, offset + length, os.fstat(bulk).st_size)
+    _punch(bulk, offset + length, os.fstat(bulk).st_size)  # the rest of its last page is padding
     if _libc_fallocate is None or not _seal(shared):
         return _read_stream(shared, _REGION_SIZE + offset, _new_memory(length))
     if os.fstat(bulk).st_size < offset + length:
